@@ -1,0 +1,598 @@
+"""The definition of every operation, in plain torch.
+
+Kernels are compared with this file, so it is written to be read. Matrices are two-dimensional here (N rows); results
+are float32, or float64 where an input is. Rows go through in blocks of a fixed size, the last one padded with zeros:
+a row then meets the same matrix product and the same reductions whatever else is in the call, so its result does not
+depend on the batch, bit for bit. (A matrix product with fewer than 16 rows takes other code paths in the BLAS and
+differs in the last bits.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyqe.backends.philox import uniform
+from pyqe.dominant import DominantRule
+
+ROW_BLOCK = 64  # 128 rows are 4 % faster for SmolLM2's head, single rows then cost twice as much
+TILE = 256  # tokens in a tile of the two-level draw
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where an input is, else float32."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Row ranges, and those rows padded with zeros to ROW_BLOCK rows; one block of padding for no rows at all."""
+    for start in range(0, max(len(matrix), 1), ROW_BLOCK):
+        block = matrix[start : start + ROW_BLOCK]
+        yield slice(start, start + len(block)), _pad_rows(block, 0)
+
+
+def _pad_rows(block: Tensor, value: float) -> Tensor:
+    return F.pad(block, (0, 0, 0, ROW_BLOCK - len(block)), value=value)
+
+
+def _logit_blocks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Row ranges and their logits [ROW_BLOCK, V], the last rows being padding."""
+    dtype = compute_dtype(hidden, weight, bias)
+    weight = weight.to(dtype)
+    for rows, block in _blocks(hidden):
+        logits = torch.mm(block.to(dtype), weight.T)
+        if bias is not None:
+            logits += bias.to(dtype)
+        logits *= logit_scale
+        if logit_softcap is not None:
+            logits = logit_softcap * torch.tanh(logits / logit_softcap)
+        yield rows, logits
+
+
+def _reduce_blocks(
+    blocks: Iterable[tuple[slice, Tensor]],
+    row_function: Callable[..., tuple[Tensor, ...]],
+    token_ids: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """Concatenated results of ``row_function(logits, token_ids, *options)`` over the blocks, without the padding."""
+    parts = []
+    for rows, logits in blocks:
+        ids = None if token_ids is None else _pad_rows(token_ids[rows], -1)
+        results = row_function(logits, ids, *options)
+        parts.append(tuple(result[: rows.stop - rows.start] for result in results))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _gather(logits: Tensor, ids: Tensor) -> Tensor:
+    """Logits of the given ids, [n, K]; NaN where the id is padding or out of range."""
+    found = torch.gather(logits, 1, ids.clamp(0, logits.shape[1] - 1))
+    return found.masked_fill((ids < 0) | (ids >= logits.shape[1]), torch.nan)
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise IndexError if an id is neither -1 (padding) nor in [0, vocab_size).
+
+    Not on a GPU, where looking would wait for the device: the row becomes NaN there.
+    """
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    bad = (ids < -1) | (ids >= vocab_size)
+    if bool(bad.any()):
+        place = bad.nonzero()[0].tolist()
+        raise IndexError(
+            f"{name}{place}: expected -1 (padding) or a token id in [0, {vocab_size}), got {int(ids[tuple(place)])}"
+        )
+
+
+def _check_optional_ids(vocab_size: int, **ids: Tensor | None) -> None:
+    for name, tensor in ids.items():
+        if tensor is not None:
+            check_ids(name, tensor, vocab_size)
+
+
+# --- token logits ---------------------------------------------------------------------------------------------------
+
+
+def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden [N, D], weight [V, D], token_ids [N, K] -> [N, K]: ``<hidden_n, weight_id> + bias_id``."""
+    check_ids("token_ids", token_ids, weight.shape[0])
+    dtype = compute_dtype(hidden, weight, bias)
+    logits = torch.empty(token_ids.shape, dtype=dtype, device=hidden.device)
+    for start in range(0, len(hidden), ROW_BLOCK):  # blocks bound the gathered rows, [ROW_BLOCK, K, D]
+        rows = slice(start, start + ROW_BLOCK)
+        gathered = weight[token_ids[rows].clamp(0, weight.shape[0] - 1)].to(dtype)
+        logits[rows] = (hidden[rows, None, :].to(dtype) * gathered).sum(-1)
+    if bias is not None:
+        logits += bias[token_ids.clamp(0, weight.shape[0] - 1)].to(dtype)
+    return logits.masked_fill((token_ids < 0) | (token_ids >= weight.shape[0]), torch.nan)
+
+
+def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    """grad [N, K] -> [N, D]: ``sum_k grad_nk * weight_id``; padding contributes nothing."""
+    grad = grad.masked_fill(token_ids < 0, 0.0)
+    rows = weight[token_ids.clamp(min=0)].to(grad.dtype)
+    return (grad[:, :, None] * rows).sum(1).to(weight.dtype)
+
+
+def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the weight rows that were touched: their token ids [U], ascending, and the rows [U, D]."""
+    flat = token_ids.reshape(-1)
+    pairs = (flat >= 0).nonzero()[:, 0]
+    row_ids, row_of_pair = torch.unique(flat[pairs], return_inverse=True)
+    position = torch.div(pairs, max(token_ids.shape[1], 1), rounding_mode="floor")
+    products = grad.reshape(-1)[pairs, None] * hidden[position].to(grad.dtype)
+    rows = grad.new_zeros(len(row_ids), hidden.shape[1]).index_add_(0, row_of_pair, products)
+    return row_ids, rows.to(hidden.dtype)
+
+
+def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
+    """The same gradient as a dense [V, D] tensor."""
+    row_ids, rows = token_logits_grad_rows(grad, hidden, token_ids)
+    return rows.new_zeros(vocab_size, hidden.shape[1]).index_copy_(0, row_ids, rows)
+
+
+# --- softmax statistics ---------------------------------------------------------------------------------------------
+
+
+def _normaliser(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum m of each row and ``log sum exp(z - m)``; m is NaN for rows without a distribution.
+
+    Those hold NaN or +inf, or nothing but -inf. Log-probabilities are ``(z - m) - log_sum``: taken from a logsumexp
+    of 1e4 they would be off by 1e-3 in float32.
+    """
+    maximum = logits.amax(1)
+    maximum = torch.where(maximum.isfinite(), maximum, torch.nan)
+    return maximum, torch.exp(logits - maximum[:, None]).sum(1).log()
+
+
+def _logprobs(logits: Tensor, maximum: Tensor, log_sum: Tensor) -> Tensor:
+    return (logits - maximum[:, None]) - log_sum[:, None]
+
+
+def _entropy(logits: Tensor, maximum: Tensor, log_sum: Tensor) -> Tensor:
+    """``-sum p log p`` in nats; tokens of probability zero contribute nothing even where log p = -inf."""
+    logprobs = _logprobs(logits, maximum, log_sum)
+    probs = logprobs.exp()
+    return -torch.where(probs == 0, 0.0, probs * logprobs).sum(1)
+
+
+def _dominant(logits: Tensor, maximum: Tensor, log_sum: Tensor, rule: DominantRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Dominant ids [n, M] (descending probability, padded with -1), their number and their total probability."""
+    vocab_size = logits.shape[1]
+    max_size = rule.max_size(vocab_size)
+    sorted_logits, ids = torch.topk(logits, min(max_size + 1, vocab_size), dim=1)
+    probs = _logprobs(sorted_logits, maximum, log_sum).exp()
+    rank = torch.arange(1, probs.shape[1] + 1, device=logits.device)
+    if rule.kind == "jump":
+        drop = probs[:, :-1] - probs[:, 1:]
+        significant = F.pad((drop > rule.ratio * probs[:, :-1]) & (drop > rule.epsilon), (0, 1))
+        first = torch.where(significant.any(1), significant.int().argmax(1) + 1, 0)
+        last = torch.where(significant, rank, 0).amax(1)
+        keep = rank <= (first if rule.cut == "first" else last)[:, None]
+    elif rule.kind == "top_k":
+        keep = rank <= rule.k
+    elif rule.kind == "top_p":
+        keep = torch.cumsum(probs, 1) < rule.p
+    elif rule.kind == "min_p":
+        keep = probs > rule.p * probs[:, :1]
+    else:
+        threshold = torch.full_like(maximum, rule.epsilon)
+        if rule.kind == "eta":
+            threshold = torch.minimum(threshold, rule.epsilon**0.5 * torch.exp(-_entropy(logits, maximum, log_sum)))
+        keep = probs > threshold[:, None]
+    keep = (keep & ~maximum.isnan()[:, None])[:, :max_size]
+    mass = torch.where(keep, probs[:, :max_size], 0.0).sum(1)
+    return (
+        torch.where(keep, ids[:, :max_size], -1),
+        keep.sum(1),
+        mass.masked_fill(maximum.isnan(), torch.nan),
+    )
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    maximum, log_sum = _normaliser(logits)
+    return maximum + log_sum
+
+
+def _softmax_rows(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    choice_ids: Tensor | None,
+    top_k: int,
+    temperature: float | None,
+    entropy: bool,
+    dominant: str,
+) -> tuple[Tensor, ...]:
+    """All statistics of one block; those not asked for are empty columns."""
+    n, vocab_size = logits.shape
+    none = logits.new_empty(n, 0)
+    no_ids = none.long()
+    maximum, log_sum = _normaliser(logits)
+    invalid = maximum.isnan()
+    topk_logits, topk_ids = torch.topk(logits, min(top_k, vocab_size), dim=1)
+    dominant_ids, size, mass = (
+        _dominant(logits, maximum, log_sum, DominantRule.parse(dominant)) if dominant else (no_ids, no_ids, none)
+    )
+    return (
+        maximum,
+        -log_sum,
+        logits.argmax(1).masked_fill(invalid, -1),
+        _entropy(logits, maximum, log_sum) if entropy else none,
+        none if token_ids is None else _gather(logits, token_ids),
+        none if temperature is None else _logsumexp(logits / temperature),
+        topk_logits.masked_fill(invalid[:, None], torch.nan),
+        topk_ids.masked_fill(invalid[:, None], -1),
+        none if choice_ids is None else _gather(logits, choice_ids.expand(n, -1)),
+        dominant_ids,
+        size,
+        mass,
+    )
+
+
+def softmax_stats(
+    logits: Tensor,
+    token_ids: Tensor | None,
+    choice_ids: Tensor | None,
+    top_k: int,
+    temperature: float | None,
+    entropy: bool,
+    dominant: str,
+) -> tuple[Tensor, ...]:
+    """Statistics of existing logits [N, V]; see :func:`pyqe.functional.softmax_stats`."""
+    _check_optional_ids(logits.shape[1], token_ids=token_ids, choice_ids=choice_ids)
+    blocks = ((rows, block.to(compute_dtype(logits))) for rows, block in _blocks(logits))
+    return _reduce_blocks(blocks, _softmax_rows, token_ids, choice_ids, top_k, temperature, entropy, dominant)
+
+
+def linear_softmax_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    token_ids: Tensor | None,
+    choice_ids: Tensor | None,
+    top_k: int,
+    temperature: float | None,
+    entropy: bool,
+    dominant: str,
+) -> tuple[Tensor, ...]:
+    """Statistics of ``hidden @ weight.T``; see :func:`pyqe.functional.linear_softmax_stats`."""
+    _check_optional_ids(weight.shape[0], token_ids=token_ids, choice_ids=choice_ids)
+    blocks = _logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
+    return _reduce_blocks(blocks, _softmax_rows, token_ids, choice_ids, top_k, temperature, entropy, dominant)
+
+
+# --- sigmoid statistics ---------------------------------------------------------------------------------------------
+
+
+def _sigmoid_rows(logits: Tensor, token_ids: Tensor | None, top_k: int, threshold: float | None) -> tuple[Tensor, ...]:
+    none = logits.new_empty(len(logits), 0)
+    invalid = logits.isnan().any(1)
+    probs = torch.sigmoid(logits)
+    max_logit, argmax = logits.max(1)
+    topk_logits, topk_ids = torch.topk(logits, min(top_k, logits.shape[1]), dim=1)
+    return (
+        max_logit.masked_fill(invalid, torch.nan),
+        argmax.masked_fill(invalid, -1),
+        probs.sum(1),
+        none.long() if threshold is None else (probs > threshold).sum(1).masked_fill(invalid, -1),
+        none if token_ids is None else _gather(logits, token_ids),
+        topk_logits.masked_fill(invalid[:, None], torch.nan),
+        topk_ids.masked_fill(invalid[:, None], -1),
+    )
+
+
+def _affine(dots: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``scale * dots + bias + shift``: bias per token, scale and shift per row."""
+    logits = dots if scale is None else dots * scale[:, None]
+    if bias is not None:
+        logits = logits + bias.to(dots.dtype)
+    return logits if shift is None else logits + shift[:, None]
+
+
+def _pad_optional(vector: Tensor | None, rows: slice, dtype: torch.dtype) -> Tensor | None:
+    return None if vector is None else _pad_rows(vector[rows, None], 0)[:, 0].to(dtype)
+
+
+def sigmoid_stats(logits: Tensor, token_ids: Tensor | None, top_k: int, threshold: float | None) -> tuple[Tensor, ...]:
+    """Statistics of existing logits [N, V]; see :func:`pyqe.functional.sigmoid_stats`."""
+    _check_optional_ids(logits.shape[1], token_ids=token_ids)
+    blocks = ((rows, block.to(compute_dtype(logits))) for rows, block in _blocks(logits))
+    return _reduce_blocks(blocks, _sigmoid_rows, token_ids, top_k, threshold)
+
+
+def linear_sigmoid_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    token_ids: Tensor | None,
+    top_k: int,
+    threshold: float | None,
+) -> tuple[Tensor, ...]:
+    """Statistics of ``scale * hidden @ weight.T + shift + bias``."""
+    _check_optional_ids(weight.shape[0], token_ids=token_ids)
+    blocks = (
+        (
+            rows,
+            _affine(dots, bias, _pad_optional(scale, rows, dots.dtype), _pad_optional(shift, rows, dots.dtype)),
+        )
+        for rows, dots in _logit_blocks(hidden, weight, None)
+    )
+    return _reduce_blocks(blocks, _sigmoid_rows, token_ids, top_k, threshold)
+
+
+# --- negatives ------------------------------------------------------------------------------------------------------
+
+
+def _search(cdf: Tensor, value: Tensor) -> Tensor:
+    """Index of the entry whose share of the cumulative sums [n, C] holds the value [n, m], 0 <= value < total.
+
+    Rounding may carry a value to the total itself: the largest number below stands in for it, so that an entry of
+    weight zero is never found.
+    """
+    below_total = torch.nextafter(cdf[:, -1:], torch.zeros_like(cdf[:, -1:]))
+    return torch.searchsorted(cdf, torch.minimum(value, below_total).contiguous(), right=True)
+
+
+def _draw(weights: Tensor, numbers: Tensor) -> Tensor:
+    """Ids [n, m] drawn from unnormalised weights [n, V] by inversion, with numbers [n, m] in [0, 1).
+
+    In two levels, a tile and then a token inside it: only 1/TILE of the cumulative sums is needed, which leaves them
+    affordable in float64 (in float32 a token less probable than 6e-8 could get lost).
+    """
+    n, m = numbers.shape
+    tiles = F.pad(weights, (0, -weights.shape[1] % TILE)).view(n, -1, TILE)
+    tile_sums = tiles.sum(2, dtype=torch.float64)
+    cdf = tile_sums.cumsum(1)
+    value = numbers * cdf[:, -1:]
+    tile = _search(cdf, value)
+    value = value - (cdf - tile_sums).gather(1, tile)
+    chosen = tiles.gather(1, tile[:, :, None].expand(n, m, TILE)).double().cumsum(2)
+    inside = _search(chosen.view(n * m, TILE), value.clamp(min=0).view(n * m, 1)).view(n, m)
+    return tile * TILE + inside
+
+
+def _draw_distinct(weights: Tensor, count: int, seed: int, stream: int, rows: Tensor) -> Tensor:
+    """Ids [n, count] drawn without replacement from unnormalised weights [n, V], padded with -1.
+
+    Drawing with replacement and passing over what was drawn before is drawing without replacement. A row that is not
+    done after a round goes on with weight zero for what it holds, which is the same distribution again, so every
+    round adds at least one token to it. Changes ``weights``.
+    """
+    picked = torch.full((len(weights), count), -1, dtype=torch.int64, device=weights.device)
+    filled = torch.zeros_like(rows)
+    per_round = count + 4
+    todo = (weights > 0).any(1).nonzero()[:, 0]
+    for start in range(0, count * per_round, per_round):
+        if len(todo) == 0:
+            break
+        draws = torch.arange(start, start + per_round, device=weights.device)
+        ids = _draw(weights[todo], uniform(seed, stream, rows[todo], draws))
+        for column in ids.T:
+            fresh = (picked[todo] != column[:, None]).all(1) & (filled[todo] < count)
+            taken = todo[fresh]
+            picked[taken, filled[taken]] = column[fresh]
+            filled[taken] += 1
+        weights[todo] = weights[todo].scatter(1, ids, 0.0)
+        todo = todo[(filled[todo] < count) & (weights[todo] > 0).any(1)]
+    return picked
+
+
+def _drop_repeats(ids: Tensor) -> Tensor:
+    """-1 in place of every id that stands further left in its row already."""
+    same = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(2)
+    return ids.masked_fill(same, -1)
+
+
+def _normalise(weights: Tensor) -> Tensor:
+    return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def _sample_rows(
+    logits: Tensor,
+    targets: Tensor,
+    first_row: int,
+    seed: int,
+    sources: list[str],
+    shares: list[int],
+    mixture_weights: list[float],
+    combination: str,
+    temperature: float,
+    exclude: str,
+    unigram_counts: Tensor | None,
+) -> Tensor:
+    maximum, log_sum = _normaliser(logits)
+    excluded = targets[:, None]
+    if exclude:
+        excluded = torch.cat([excluded, _dominant(logits, maximum, log_sum, DominantRule.parse(exclude))[0]], 1)
+    allowed = ~maximum.isnan()[:, None] & ~_mark(logits, excluded)
+
+    def weights_of(source: str) -> Tensor:
+        if source == "softmax":
+            weights = torch.exp((logits - maximum[:, None]) / temperature)
+        elif source == "unigram":
+            assert unigram_counts is not None
+            weights = unigram_counts.to(logits.dtype).expand_as(logits)
+        else:
+            weights = torch.ones_like(logits)
+        return torch.where(allowed, weights, 0.0)
+
+    rows = torch.arange(first_row, first_row + len(logits), device=logits.device)
+    if combination == "independent":
+        draws = [
+            _draw_distinct(weights_of(source), share, seed, stream, rows)
+            for stream, (source, share) in enumerate(zip(sources, shares, strict=True))
+        ]
+        return _drop_repeats(torch.cat(draws, 1))
+    parts = [_normalise(weights_of(source)) for source in sources]
+    if combination == "mixture":
+        weights = sum((w * part for w, part in zip(mixture_weights, parts, strict=True)), torch.zeros_like(logits))
+    else:
+        weights = torch.stack([part / part.amax(1, keepdim=True).clamp(min=1e-38) for part in parts]).prod(0)
+    return _draw_distinct(weights, shares[0], seed, 0, rows)
+
+
+def _sample(blocks: Iterable[tuple[slice, Tensor]], targets: Tensor, *options: Any) -> Tensor:
+    parts = []
+    for rows, logits in blocks:
+        n = rows.stop - rows.start
+        parts.append(_sample_rows(logits, _pad_rows(targets[rows, None], -1)[:, 0], rows.start, *options)[:n])
+    return torch.cat(parts)
+
+
+def sample_negatives(logits: Tensor, targets: Tensor, seed: Tensor, *options: Any) -> Tensor:
+    """Negatives [N, K] from existing logits; see :func:`pyqe.functional.sample_negatives`."""
+    check_ids("targets", targets, logits.shape[1])
+    blocks = ((rows, block.to(compute_dtype(logits))) for rows, block in _blocks(logits))
+    return _sample(blocks, targets, int(seed), *options)
+
+
+def linear_sample_negatives(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    targets: Tensor,
+    seed: Tensor,
+    *options: Any,
+) -> Tensor:
+    """Negatives [N, K]; see :func:`pyqe.functional.linear_sample_negatives`."""
+    check_ids("targets", targets, weight.shape[0])
+    blocks = _logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
+    return _sample(blocks, targets, int(seed), *options)
+
+
+# --- vocabulary BCE -------------------------------------------------------------------------------------------------
+
+
+def linear_vocab_bce(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    targets: Tensor,
+    exclude_ids: Tensor | None,
+    row_weights: Tensor,
+    pos_weight: float,
+    grad_hidden: bool,
+    grad_weight: bool,
+) -> tuple[Tensor, ...]:
+    r"""Weighted total of the rows' losses, the losses, and the gradients of the total, in one pass over the logits.
+
+    With :math:`z = s_n \langle h_n, w_v \rangle + b_v + t_n` and label :math:`y` (1 for the target, else 0),
+
+        loss_n = sum over v not excluded of  y * pos_weight * softplus(-z) + (1 - y) * softplus(z)
+        d loss_n / d z = -pos_weight * sigmoid(-z)  for the target, else  sigmoid(z)
+
+    so no normaliser is needed and the gradient is known where the logit is. The target is never excluded; a row with
+    target -1 has no positive.
+
+    Returns:
+        ``sum_n row_weights_n * loss_n``, losses [N], and the gradients of that sum in hidden [N, D], weight [V, D],
+        bias [V], scale [N] and shift [N]; empty where not asked for or the argument is None.
+    """
+    check_ids("targets", targets, weight.shape[0])
+    dtype = compute_dtype(hidden, weight, bias)
+    wide_weight = weight.to(dtype)
+    total_grad_weight = torch.zeros_like(weight, dtype=dtype) if grad_weight else None
+    total_grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None else None
+    parts = []
+    for rows, dots in _logit_blocks(hidden, weight, None):
+        row_scale, row_shift = _pad_optional(scale, rows, dtype), _pad_optional(shift, rows, dtype)
+        logits = _affine(dots, bias, row_scale, row_shift)
+        positive = _mark(logits, _pad_rows(targets[rows, None], -1))
+        kept = torch.ones_like(positive)
+        if exclude_ids is not None:
+            kept = ~_mark(logits, _pad_rows(exclude_ids[rows], -1)) | positive
+        loss = torch.where(positive, pos_weight * F.softplus(-logits), F.softplus(logits))
+        grad = torch.where(positive, -pos_weight * torch.sigmoid(-logits), torch.sigmoid(logits))
+        grad = torch.where(kept, grad, 0.0) * _pad_rows(row_weights[rows, None].to(dtype), 0)
+        scaled = grad if row_scale is None else grad * row_scale[:, None]
+        if total_grad_weight is not None:
+            total_grad_weight.addmm_(scaled.T, _pad_rows(hidden[rows].to(dtype), 0))
+        if total_grad_bias is not None:
+            total_grad_bias += grad.sum(0)
+        columns = (
+            torch.where(kept, loss, 0.0).sum(1),
+            scaled @ wide_weight if grad_hidden else scaled[:, :0],
+            (grad * dots).sum(1),
+            grad.sum(1),
+        )
+        parts.append(tuple(column[: rows.stop - rows.start] for column in columns))
+    losses, total_grad_hidden, grad_scale, grad_shift = (torch.cat(column) for column in zip(*parts, strict=True))
+
+    def result(grad: Tensor | None, like: Tensor | None) -> Tensor:
+        return hidden.new_empty(0) if grad is None or like is None else grad.to(like.dtype)
+
+    return (
+        (losses * row_weights).sum(),
+        losses,
+        result(total_grad_hidden if grad_hidden else None, hidden),
+        result(total_grad_weight, weight),
+        result(total_grad_bias, bias),
+        result(grad_scale, scale),
+        result(grad_shift, shift),
+    )
+
+
+def _mark(logits: Tensor, ids: Tensor) -> Tensor:
+    """Boolean [n, V]: true at the ids [n, M] of each row; -1 marks nothing."""
+    marks = torch.zeros_like(logits, dtype=torch.bool)
+    row, column = (ids >= 0).nonzero(as_tuple=True)
+    marks[row, ids[row, column]] = True
+    return marks
+
+
+# --- probabilities that are stated, temperature ---------------------------------------------------------------------
+
+
+def inverse_softmax(probs: Tensor, eps: float, center: str) -> Tensor:
+    """probs [N, C] -> ``log(max(p, eps))`` minus nothing, its mean or its logsumexp."""
+    probs = probs.to(compute_dtype(probs))
+    logits = torch.log(probs.clamp(min=eps))
+    if center == "mean":
+        logits = logits - logits.mean(1, keepdim=True)
+    elif center == "logsumexp":
+        logits = logits - torch.logsumexp(logits, 1, keepdim=True)
+    invalid = ~(probs >= 0).all(1, keepdim=True)
+    return logits.masked_fill(invalid, torch.nan)
+
+
+def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Mean NLL of ``softmax(beta * z)`` with first and second derivative in beta, float64.
+
+    :math:`L = \frac1N \sum_n \log\sum_c e^{\beta z_{nc}} - \beta \langle y_n, z_n \rangle`,
+    :math:`L' = \mathrm{mean}(E_\beta[z] - \langle y, z \rangle)`, :math:`L'' = \mathrm{mean}(\mathrm{Var}_\beta[z])`.
+    Logits are taken relative to their row's maximum, which changes none of the three.
+    """
+    z = logits.double()
+    z = z - z.amax(1, keepdim=True)
+    if labels.dim() == 1:
+        check_ids("labels", labels, logits.shape[1])
+        target = _gather(z, labels[:, None])[:, 0]
+    else:
+        target = torch.where(labels == 0, 0.0, labels * z).sum(1)
+    beta = beta.double()
+    log_probs = F.log_softmax(beta * z, 1)
+    probs = log_probs.exp()
+    mean = torch.where(probs == 0, 0.0, probs * z).sum(1)
+    variance = torch.where(probs == 0, 0.0, probs * (z - mean[:, None]) ** 2).sum(1)
+    losses = torch.logsumexp(beta * z, 1) - beta * target
+    return losses.mean(), (mean - target).mean(), variance.mean()

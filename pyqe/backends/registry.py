@@ -1,0 +1,111 @@
+"""Chooses the backend of a call: by device and dtype, or as the user says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyqe.backends import cpu, reference
+
+ENVIRONMENT_VARIABLE = "PYQE_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of operations and where they run.
+
+    Args:
+        name: what :func:`use_backend` calls it.
+        operations: implementation by operation name.
+        devices: device types it serves; None for all.
+        dtypes: floating dtypes it serves; None for all.
+        unavailable: why it cannot be used on this machine, or None.
+    """
+
+    name: str
+    operations: Mapping[str, Callable[..., Any]] = field(repr=False)
+    devices: frozenset[str] | None = None
+    dtypes: frozenset[torch.dtype] | None = None
+    unavailable: str | None = None
+
+    def obstacle(self, operation: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+        """Why this backend cannot run the operation on these tensors; None if it can."""
+        if self.unavailable is not None:
+            return self.unavailable
+        if operation not in self.operations:
+            return f"it has no {operation}"
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if self.devices is not None and tensor.device.type not in self.devices:
+                return f"it serves {', '.join(sorted(self.devices))} tensors, got {tensor.device.type}"
+            if self.dtypes is not None and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
+                return f"it serves {', '.join(sorted(map(str, self.dtypes)))}, got {tensor.dtype}"
+        return None
+
+
+_REFERENCE = Backend("reference", vars(reference))
+_CPU = Backend("cpu", cpu.OPERATIONS, frozenset({"cpu"}), cpu.DTYPES, cpu.unavailable())
+_BACKENDS = {backend.name: backend for backend in (_CPU, _REFERENCE)}  # in the order that "auto" tries
+
+_chosen: ContextVar[str | None] = ContextVar("pyqe_backend", default=None)
+
+
+def available_backends() -> Mapping[str, Backend]:
+    """All backends by name, in the order in which "auto" tries them; see ``Backend.unavailable``."""
+    return _BACKENDS
+
+
+def _check_name(name: str) -> str:
+    if name != "auto" and name not in _BACKENDS:
+        raise ValueError(f"backend: expected one of auto, {', '.join(_BACKENDS)}; got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the operations inside the ``with`` block on one backend.
+
+    Takes precedence over the environment variable ``PYQE_BACKEND``. What the backend cannot serve raises; only
+    "auto" looks further.
+
+    Args:
+        name: "auto", or a name of :func:`available_backends`.
+
+    Raises:
+        ValueError: no such backend.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     pass
+    """
+    token = _chosen.set(_check_name(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def select(operation: str, *tensors: Tensor | None) -> Callable[..., Any]:
+    """Implementation of an operation for these tensors.
+
+    Raises:
+        RuntimeError: the backend that was asked for cannot run it; the message says why.
+    """
+    name = _chosen.get() or _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+    if name == "auto":
+        backend = next(b for b in _BACKENDS.values() if b.obstacle(operation, tensors) is None)
+    else:
+        backend = _BACKENDS[name]
+        obstacle = backend.obstacle(operation, tensors)
+        if obstacle is not None:
+            raise RuntimeError(f"backend {name!r} cannot run {operation}: {obstacle}")
+    implementation: Callable[..., Any] = backend.operations[operation]
+    return implementation

@@ -1,0 +1,97 @@
+"""Inverse softmax and temperature."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyqe.functional._arguments import check_floats, logit_matrix
+from pyqe.functional.results import TemperatureNLL
+
+
+def inverse_softmax(
+    probs: Tensor, *, eps: float = 1e-12, center: Literal["none", "mean", "logsumexp"] = "none"
+) -> Tensor:
+    r"""Logits from probabilities: :math:`z_i = \log \max(p_i, \epsilon) - c`. Differentiable.
+
+    Args:
+        probs: [..., C], non-negative; need not sum to 1.
+        eps: floor for zeros, >= 0. A real hyper-parameter where a model states zeros: report it.
+        center: c is 0 ("none"), the mean of the logs ("mean"), or their logsumexp ("logsumexp": the result are the
+            log-probabilities of the renormalised vector). softmax is the same for all three.
+
+    Returns:
+        [..., C], float32 or float64; NaN for a row with a negative or NaN entry.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or range.
+
+    Source: Wang et al. 2024 (arXiv 2410.06707).
+
+    Example:
+        >>> torch.softmax(inverse_softmax(torch.tensor([0.7, 0.2, 0.1])) / 2, -1)
+        tensor([0.5229, 0.2795, 0.1976])
+    """
+    check_floats(probs=probs)
+    if probs.dim() < 1 or probs.shape[-1] == 0:
+        raise ValueError(f"probs: expected [..., C] with C > 0, got shape {tuple(probs.shape)}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected 0 or more, got {eps}")
+    if center not in ("none", "mean", "logsumexp"):
+        raise ValueError(f"center: expected 'none', 'mean' or 'logsumexp', got {center!r}")
+    logits: Tensor = torch.ops.pyqe.inverse_softmax(probs.reshape(-1, probs.shape[-1]), eps, center)
+    return logits.reshape(probs.shape)
+
+
+def temperature_scale(probs: Tensor, temperature: Tensor | float, *, eps: float = 1e-12) -> Tensor:
+    r"""Probabilities at another temperature: :math:`p_i^{1/T} / \sum_j p_j^{1/T}`. Differentiable.
+
+    Args:
+        probs: [..., C], non-negative.
+        temperature: T > 0, a number or a tensor that broadcasts to [..., 1].
+        eps: floor for zeros; see :func:`inverse_softmax`.
+
+    Returns:
+        [..., C], rows that sum to 1.
+
+    Source: Wang et al. 2024 (arXiv 2410.06707).
+
+    Example:
+        >>> temperature_scale(torch.tensor([0.7, 0.2, 0.1]), 0.5)
+        tensor([0.9074, 0.0741, 0.0185])
+    """
+    if bool((torch.as_tensor(temperature) <= 0).any()):
+        raise ValueError(f"temperature: expected positive numbers, got {temperature}")
+    return torch.softmax(inverse_softmax(probs, eps=eps) / temperature, -1)
+
+
+def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor | float = 1.0) -> TemperatureNLL:
+    r"""Mean NLL of :math:`\mathrm{softmax}(\beta z)` and its first two derivatives in :math:`\beta = 1/T`, in one pass.
+
+    Args:
+        logits: [..., C].
+        labels: int64 [...], or probabilities [..., C] (soft labels).
+        beta: inverse temperature.
+
+    Raises:
+        TypeError, ValueError: wrong dtype or shape.
+        IndexError: a label out of range (CPU).
+
+    Example:
+        >>> temperature_nll(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).nll
+        tensor(0.6931, dtype=torch.float64)
+    """
+    matrix = logit_matrix(logits)
+    if labels.dtype == torch.int64 and labels.shape == logits.shape[:-1]:
+        labels = labels.reshape(-1)
+    elif labels.is_floating_point() and labels.shape == logits.shape:
+        labels = labels.reshape(matrix.shape)
+    else:
+        raise ValueError(
+            f"labels: expected int64 {list(logits.shape[:-1])} or floats {list(logits.shape)}, "
+            f"got {labels.dtype} {list(labels.shape)}"
+        )
+    beta = torch.as_tensor(beta, dtype=torch.float64, device=logits.device)
+    return TemperatureNLL(*torch.ops.pyqe.temperature_nll(matrix, labels, beta))

@@ -1,0 +1,421 @@
+"""One suite for every backend: results against float64 definitions written out here, gradients, operator rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyqe
+from pyqe import functional as F
+from pyqe.backends import available_backends, select
+from pyqe.dominant import DominantRule
+from pyqe.negatives import NegativeSampler
+
+BACKENDS = [name for name, backend in available_backends().items() if backend.unavailable is None]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = [(0, 7, 5), (1, 1, 1), (3, 64, 17), (65, 31, 1031), (130, 40, 257)]  # N, D, V: divide nothing
+# rounding of the inputs is common to both sides, so what is left is the accumulation in float32
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with pyqe.use_backend(request.param):
+        yield request.param
+
+
+def needs(operation: str, *tensors: Tensor) -> None:
+    """Skip where the backend does not offer the operation for these tensors, and says so."""
+    try:
+        select(operation, *tensors)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def head(n: int, d: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.randn(*shape).to(dtype) for shape in ((n, d), (v, d), (v,)))  # type: ignore[return-value]
+
+
+def close(actual: Tensor | None, expected: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
+    assert actual is not None
+    assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = TOLERANCE[dtype] * scale
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+# --- token logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("k", [None, 0, 1, 5])
+def test_token_logits(backend: str, shape: tuple[int, int, int], dtype: torch.dtype, k: int | None) -> None:
+    hidden, weight, bias = head(*shape, dtype)
+    needs("linear_token_logits", hidden)
+    rows = shape[:1] if k is None else (shape[0], k)
+    ids = torch.randint(0, shape[2], rows)
+    full = hidden.double() @ weight.double().T + bias.double()
+    expected = full.gather(1, ids.reshape(shape[0], rows[1] if k is not None else 1)).reshape(rows)
+    close(F.linear_token_logits(hidden, weight, ids, bias), expected, dtype, shape[1] ** 0.5)
+
+
+def test_token_logits_of_strided_batched_input(backend: str) -> None:
+    hidden, weight, _ = head(12, 9, 30, torch.float32)
+    needs("linear_token_logits", hidden)
+    ids = torch.randint(0, 30, (3, 4, 2))
+    expected = F.linear_token_logits(hidden, weight, ids.reshape(12, 2)).reshape(3, 4, 2)
+    strided = torch.randn(3, 4, 18)[..., ::2].copy_(hidden.reshape(3, 4, 9))
+    wide = torch.randn(30, 20)[:, 3:12].copy_(weight)
+    assert torch.equal(F.linear_token_logits(strided, wide, ids), expected)
+
+
+def test_token_logits_padding_is_nan_and_out_of_range_raises(backend: str) -> None:
+    hidden, weight, _ = head(2, 4, 6, torch.float32)
+    needs("linear_token_logits", hidden)
+    logits = F.linear_token_logits(hidden, weight, torch.tensor([[-1, 2], [3, -1]]))
+    assert logits.isnan().tolist() == [[True, False], [False, True]]
+    for bad in (6, -2):
+        with pytest.raises(IndexError, match=f"got {bad}"):
+            F.linear_token_logits(hidden, weight, torch.tensor([[0, 1], [2, bad]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_token_logits_gradients(backend: str, dtype: torch.dtype, sparse: bool) -> None:
+    hidden, weight, bias = (tensor.requires_grad_() for tensor in head(33, 21, 12, dtype))
+    needs("linear_token_logits", hidden)
+    ids = torch.randint(-1, 12, (33, 7))
+    grad = torch.randn(33, 7, dtype=torch.float64).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    F.linear_token_logits(hidden, weight, ids, bias, sparse_grad=sparse).backward(grad)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias)]
+    full = wide[0] @ wide[1].T + wide[2]
+    (full.gather(1, ids.clamp(min=0)) * (ids >= 0) * grad).sum().backward()
+    loss_of_dtype = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}[dtype]
+    for got, expected in zip((hidden, weight, bias), wide, strict=True):
+        assert got.grad is not None
+        assert got.grad.dtype == dtype
+        dense = got.grad.to_dense() if got.grad.is_sparse else got.grad
+        torch.testing.assert_close(dense.double(), expected.grad, rtol=loss_of_dtype, atol=10 * loss_of_dtype)
+    assert weight.grad is not None
+    assert weight.grad.is_sparse == sparse
+
+
+def test_same_bits_for_any_batch_and_thread_count(backend: str) -> None:
+    hidden, weight, bias = head(100, 48, 301, torch.float32)
+    needs("linear_token_logits", hidden)
+    ids, grad = torch.randint(0, 301, (100, 3)), torch.randn(100, 3)
+    whole = F.linear_token_logits(hidden, weight, ids, bias)
+    singles = [F.linear_token_logits(hidden[i : i + 1], weight, ids[i : i + 1], bias) for i in range(100)]
+    assert torch.equal(whole, torch.cat(singles))
+    threads = torch.get_num_threads()
+    rows = torch.ops.pyqe.token_logits_grad_rows(grad, hidden, ids)
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(whole, F.linear_token_logits(hidden, weight, ids, bias))
+        assert all(map(torch.equal, rows, torch.ops.pyqe.token_logits_grad_rows(grad, hidden, ids)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- softmax statistics
+
+
+def softmax_definition(logits: Tensor) -> dict[str, Tensor]:
+    logprobs = torch.log_softmax(logits, 1)
+    return {
+        "logsumexp": torch.logsumexp(logits, 1),
+        "max_logprob": logprobs.amax(1),
+        "entropy": -(logprobs.exp() * logprobs.nan_to_num(neginf=0.0)).sum(1),
+        "tempered_logsumexp": torch.logsumexp(logits / 1.7, 1),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_linear_softmax_stats(
+    backend: str, shape: tuple[int, int, int], dtype: torch.dtype, softcap: float | None
+) -> None:
+    hidden, weight, bias = head(*shape, dtype)
+    needs("linear_softmax_stats", hidden)
+    n, _, v = shape
+    ids, choices = torch.randint(0, v, (n, 2)), torch.randint(0, v, (3,))
+    logits = 0.5 * (hidden.double() @ weight.double().T + bias.double())
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    stats = F.linear_softmax_stats(
+        hidden,
+        weight,
+        bias,
+        token_ids=ids,
+        choice_ids=choices,
+        top_k=4,
+        temperature=1.7,
+        logit_scale=0.5,
+        logit_softcap=softcap,
+        entropy=True,
+    )
+    for name, expected in softmax_definition(logits).items():
+        close(getattr(stats, name), expected, dtype, 10)
+    logprobs = torch.log_softmax(logits, 1)
+    close(stats.token_logprob, logprobs.gather(1, ids), dtype, 10)
+    close(stats.choice_mass, logprobs[:, choices].exp().sum(1), dtype, 10)
+    close(stats.topk_logprobs, logprobs.topk(min(4, v), 1).values, dtype, 10)
+    assert stats.topk_ids is not None
+    assert torch.equal(stats.topk_ids[:, 0], stats.argmax)
+
+
+def test_softmax_stats_agree_with_the_linear_ones(backend: str) -> None:
+    hidden, weight, _ = head(70, 16, 99, torch.float64)
+    needs("linear_softmax_stats", hidden)
+    options: dict[str, Any] = {"token_ids": torch.randint(0, 99, (70,)), "entropy": True, "dominant": DominantRule()}
+    fused = F.linear_softmax_stats(hidden, weight, **options)
+    plain = F.softmax_stats(hidden @ weight.T, **options)
+    assert fused.dominant is not None
+    assert plain.dominant is not None
+    assert torch.equal(fused.dominant.ids, plain.dominant.ids)
+    torch.testing.assert_close(fused.entropy, plain.entropy)
+    torch.testing.assert_close(fused.token_logprob, plain.token_logprob)
+
+
+def test_bad_rows_are_nan_and_do_not_leak(backend: str) -> None:
+    logits = torch.randn(6, 50)
+    needs("softmax_stats", logits)
+    ids = torch.zeros(6, dtype=torch.int64)
+    options: dict[str, Any] = {
+        "token_ids": ids,
+        "entropy": True,
+        "top_k": 2,
+        "dominant": DominantRule(),
+        "temperature": 2.0,
+    }
+    good = F.softmax_stats(logits, **options)
+    bad = logits.clone()
+    bad[1, 7], bad[2, 7], bad[3], bad[4, 7] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    stats = F.softmax_stats(bad, **options)
+    assert stats.dominant is not None
+    assert stats.argmax[1:4].tolist() == [-1, -1, -1]
+    for name in ("logsumexp", "max_logprob", "entropy", "token_logprob", "tempered_logsumexp"):
+        value = getattr(stats, name)
+        assert value.isnan().tolist() == [False, True, True, True, False, False], name
+        assert torch.equal(value[[0, 5]], getattr(good, name)[[0, 5]]), name
+    assert stats.dominant.mass.isnan().tolist() == [False, True, True, True, False, False]
+    assert (stats.dominant.ids[1:4] == -1).all()
+    assert stats.boosted_prob(ids)[1:4].isnan().all()
+
+
+def test_huge_logits(backend: str) -> None:
+    logits = torch.tensor([[1e4, -1e4, 9999.0], [-1e4, -1e4, -1e4]])
+    needs("softmax_stats", logits)
+    stats = F.softmax_stats(logits, entropy=True)
+    close(stats.entropy, softmax_definition(logits.double())["entropy"], torch.float32, 100)
+
+
+@pytest.mark.parametrize("operation", ["softmax", "sigmoid"])
+def test_rows_do_not_depend_on_their_batch(backend: str, operation: str) -> None:
+    hidden, weight, _ = head(67, 48, 999, torch.float32)
+    needs(f"linear_{operation}_stats", hidden)
+    names = {"softmax": ("logsumexp", "entropy", "max_logit"), "sigmoid": ("sum_prob", "max_logit")}[operation]
+    options: dict[str, Any] = {"entropy": True} if operation == "softmax" else {}
+    function = getattr(F, f"linear_{operation}_stats")
+    whole = function(hidden, weight, **options)
+    for rows in (slice(0, 1), slice(5, 23), slice(66, 67)):
+        part = function(hidden[rows], weight, **options)
+        for name in names:
+            assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), name
+
+
+# --- sigmoid statistics
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_sigmoid_stats(backend: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    hidden, weight, bias = head(*shape, dtype)
+    needs("linear_sigmoid_stats", hidden)
+    n, _, v = shape
+    ids, shift = torch.randint(0, v, (n,)), torch.randn(n)
+    logits = 0.3 * (hidden.double() @ weight.double().T) + bias.double() + shift.double()[:, None]
+    stats = F.linear_sigmoid_stats(hidden, weight, bias, scale=0.3, shift=shift, token_ids=ids, top_k=3, threshold=0.7)
+    close(stats.sum_prob, torch.sigmoid(logits).sum(1), dtype, 100)
+    close(stats.max_logit, logits.amax(1), dtype, 10)
+    close(stats.token_logit, logits.gather(1, ids[:, None])[:, 0], dtype, 10)
+    close(stats.topk_logits, logits.topk(min(3, v), 1).values, dtype, 10)
+    assert stats.count_above is not None
+    assert ((stats.count_above - (torch.sigmoid(logits) > 0.7).sum(1)).abs() <= 1).all()
+
+
+def test_sigmoid_stats_of_nan_row(backend: str) -> None:
+    logits = torch.zeros(3, 5)
+    needs("sigmoid_stats", logits)
+    logits[1, 2] = torch.nan
+    stats = F.sigmoid_stats(logits, threshold=0.4)
+    assert stats.max_logit.isnan().tolist() == stats.sum_prob.isnan().tolist() == [False, True, False]
+    assert stats.argmax[1] == -1
+    assert stats.count_above is not None
+    assert stats.count_above.tolist() == [5, -1, 5]
+
+
+# --- losses
+
+
+def test_vocab_bce_against_torch(backend: str) -> None:
+    hidden, weight, bias = (tensor.requires_grad_() for tensor in head(70, 9, 83, torch.float64))
+    needs("linear_vocab_bce", hidden)
+    scale = torch.rand(70, dtype=torch.float64).requires_grad_()
+    shift = torch.randn((), dtype=torch.float64).requires_grad_()
+    targets, exclude = torch.randint(0, 83, (70,)), torch.randint(-1, 83, (70, 6))
+    targets[3] = -100
+    loss = F.linear_vocab_bce(
+        hidden, weight, targets, exclude=exclude, bias=bias, scale=scale, shift=shift, pos_weight=3.0
+    )
+    logits = scale[:, None] * (hidden @ weight.T) + bias + shift
+    labels = torch.zeros_like(logits)
+    mask = torch.ones_like(logits, dtype=torch.bool)
+    for i in range(70):
+        mask[i, exclude[i][exclude[i] >= 0]] = False
+        if targets[i] == -100:
+            mask[i] = False
+        else:
+            mask[i, targets[i]], labels[i, targets[i]] = True, 1.0
+    weights = torch.tensor(3.0, dtype=torch.float64)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits[mask], labels[mask], pos_weight=weights)
+    torch.testing.assert_close(loss, expected)
+    inputs = (hidden, weight, bias, scale, shift)
+    for got, want in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+# --- probabilities that are stated, temperature
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("center", ["none", "mean", "logsumexp"])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (65, 7), (3, 1031)], ids=str)
+def test_inverse_softmax(backend: str, shape: tuple[int, int], center: Any, dtype: torch.dtype) -> None:
+    probs = torch.rand(shape).to(dtype)
+    if probs.numel() > 3:
+        probs[0, 0] = 0.0
+    needs("inverse_softmax", probs)
+    expected = probs.double().clamp(min=1e-6).log()
+    if center == "mean":
+        expected -= expected.mean(1, keepdim=True)
+    elif center == "logsumexp":
+        expected -= expected.logsumexp(1, keepdim=True)
+    close(F.inverse_softmax(probs, eps=1e-6, center=center), expected, dtype, 1)
+
+
+def test_inverse_softmax_of_bad_rows(backend: str) -> None:
+    probs = torch.tensor([[0.5, 0.5], [-0.1, 1.1], [torch.nan, 1.0], [0.2, 0.8]])
+    needs("inverse_softmax", probs)
+    assert F.inverse_softmax(probs).isnan().all(1).tolist() == [False, True, True, False]
+
+
+def test_inputs_are_never_changed(backend: str) -> None:
+    hidden, weight, bias = head(5, 4, 11, torch.float32)
+    targets = torch.randint(0, 11, (5,))
+    before = [tensor.clone() for tensor in (hidden, weight, bias, targets)]
+    sampler = NegativeSampler(("uniform", "softmax"), num_negatives=2)
+    for name, call in {
+        "linear_token_logits": lambda: F.linear_token_logits(hidden, weight, targets, bias),
+        "linear_softmax_stats": lambda: F.linear_softmax_stats(hidden, weight, bias, token_ids=targets, entropy=True),
+        "linear_sigmoid_stats": lambda: F.linear_sigmoid_stats(hidden, weight, bias, scale=2.0, shift=1.0),
+        "linear_sample_negatives": lambda: F.linear_sample_negatives(hidden, weight, targets, sampler),
+        "linear_vocab_bce": lambda: F.linear_vocab_bce(hidden, weight, targets, bias=bias),
+    }.items():
+        if available_backends()[backend].obstacle(name, (hidden,)) is None:
+            call()
+    for tensor, copy in zip((hidden, weight, bias, targets), before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+# --- torch's own checks, on every operator
+
+
+def operator_samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
+    hidden, weight, bias = head(5, 4, 11, dtype)
+    ids, targets = torch.randint(-1, 11, (5, 3)), torch.randint(0, 11, (5,))
+    grad, row = torch.randn(5, 3, dtype=dtype), torch.rand(5, dtype=dtype)
+    logits = hidden @ weight.T
+    seed, counts = torch.tensor(7), torch.rand(11)
+    softmax = (ids, torch.randint(0, 11, (1, 2)), 3, 2.0, True, "jump:last")
+    sampler = (targets, seed, ["unigram", "softmax"], [1, 2], [1.0, 1.0], "independent", 2.0, "jump:first", counts)
+    return {
+        "linear_token_logits": (hidden, weight, ids, bias),
+        "token_logits_grad_hidden": (grad, weight, ids),
+        "token_logits_grad_rows": (grad, hidden, ids),
+        "token_logits_grad_weight": (grad, hidden, ids, 11),
+        "softmax_stats": (logits, *softmax),
+        "linear_softmax_stats": (hidden, weight, bias, 1.0, 30.0, *softmax),
+        "sigmoid_stats": (logits, ids, 3, 0.5),
+        "linear_sigmoid_stats": (hidden, weight, bias, row, row, ids, 3, 0.5),
+        "sample_negatives": (logits, *sampler),
+        "linear_sample_negatives": (hidden, weight, bias, 1.0, None, *sampler),
+        "linear_vocab_bce": (hidden, weight, bias, row, row, targets, ids, row, 2.0, True, True),
+        "inverse_softmax": (torch.rand(5, 4, dtype=dtype), 1e-9, "mean"),
+        "temperature_nll": (logits, targets, torch.tensor(0.5, dtype=torch.float64)),
+    }
+
+
+def test_operator_samples_cover_every_operator() -> None:
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyqe::")}
+    assert registered == set(operator_samples())
+
+
+@pytest.mark.parametrize("name", list(operator_samples()))
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(backend: str, name: str, requires_grad: bool) -> None:
+    sample = operator_samples()[name]
+    needs(name, *(arg for arg in sample if isinstance(arg, Tensor)))
+    if requires_grad:
+        if name not in ("linear_token_logits", "linear_vocab_bce", "inverse_softmax"):
+            pytest.skip("not differentiable")
+        sample = tuple(
+            arg.requires_grad_() if isinstance(arg, Tensor) and arg.is_floating_point() and i < 5 else arg
+            for i, arg in enumerate(sample)
+        )
+    torch.library.opcheck(getattr(torch.ops.pyqe, name).default, sample)
+
+
+@pytest.mark.parametrize("name", ["linear_token_logits", "linear_vocab_bce", "inverse_softmax"])
+def test_gradcheck(name: str) -> None:
+    sample = operator_samples(torch.float64)[name]
+    variables = [i for i, arg in enumerate(sample) if isinstance(arg, Tensor) and arg.is_floating_point() and i < 5]
+    operator = getattr(torch.ops.pyqe, name)
+
+    def function(*values: Tensor) -> Any:
+        args = list(sample)
+        for i, value in zip(variables, values, strict=True):
+            args[i] = value
+        result = operator(*args)
+        if name == "linear_token_logits":
+            return result.masked_fill(sample[2] < 0, 0.0)
+        return result[:2] if isinstance(result, tuple) else result
+
+    values = [sample[i].clone().requires_grad_() for i in variables]
+    assert torch.autograd.gradcheck(function, values)
+
+
+def test_operations_compile_in_one_graph(backend: str) -> None:
+    hidden, weight, bias = head(6, 4, 11, torch.float32)
+    needs("linear_token_logits", hidden)
+    needs("linear_softmax_stats", hidden)
+    targets = torch.randint(0, 11, (6,))
+    negatives = torch.randint(0, 11, (6, 2))
+
+    def step(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        loss = F.linear_sampled_bce(hidden, weight, targets, negatives, scale=0.5, shift=-1.0)
+        stats = F.linear_softmax_stats(hidden.detach(), weight.detach(), token_ids=targets, entropy=True)
+        assert stats.entropy is not None
+        return loss, stats.entropy
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    plain, fused = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected, got = step(hidden, plain), compiled(hidden, fused)
+    torch.testing.assert_close(got, expected)
+    expected[0].backward()
+    got[0].backward()
+    torch.testing.assert_close(fused.grad, plain.grad)
