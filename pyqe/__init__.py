@@ -2,5 +2,58 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
-from pyqe.backends import use_backend
+
+if TYPE_CHECKING:
+    from pyqe import functional, training
+    from pyqe.backends import use_backend
+    from pyqe.dominant import DominantRule
+    from pyqe.estimator import QualityEstimator, ScoredText
+    from pyqe.heads import HeadMismatchError, SigmoidHead
+    from pyqe.losses import SigmoidHeadLoss
+    from pyqe.negatives import NegativeSampler
+
+# Loaded when first used: importing torch takes a second, and `pyqe --help` needs none of it.
+_HOMES = {
+    "DominantRule": "pyqe.dominant",
+    "HeadMismatchError": "pyqe.heads",
+    "NegativeSampler": "pyqe.negatives",
+    "QualityEstimator": "pyqe.estimator",
+    "ScoredText": "pyqe.estimator",
+    "SigmoidHead": "pyqe.heads",
+    "SigmoidHeadLoss": "pyqe.losses",
+    "functional": "pyqe.functional",
+    "training": "pyqe.training",
+    "use_backend": "pyqe.backends",
+}
+
+__all__ = [
+    "DominantRule",
+    "HeadMismatchError",
+    "NegativeSampler",
+    "QualityEstimator",
+    "ScoredText",
+    "SigmoidHead",
+    "SigmoidHeadLoss",
+    "__version__",
+    "functional",
+    "training",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'pyqe' has no attribute {name!r}")
+    module = importlib.import_module(home)
+    value = module if home == f"pyqe.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

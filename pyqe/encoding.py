@@ -1,0 +1,160 @@
+"""From texts to token ids, windows and batches, and from token ids back to pieces of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[dict[str, str]]
+
+BUCKET = 16  # lengths are padded to a multiple of this, so that a row's arithmetic does not depend on its batch
+
+
+@dataclass
+class Encoded:
+    """Token ids of one text and of what comes before it."""
+
+    text: str
+    prompt: str | None
+    prompt_ids: list[int]
+    text_ids: list[int]
+    offsets: list[tuple[int, int]] = field(repr=False)
+
+
+@dataclass
+class Window:
+    """A stretch of one text for one forward pass.
+
+    Attributes:
+        index: which text.
+        input_ids: what the model (or the decoder) reads.
+        encoder_ids: what an encoder reads, or None.
+        first: the text's token that the first score is for.
+        positions: for every scored token the position whose hidden state predicts it.
+        targets: the scored tokens.
+    """
+
+    index: int
+    input_ids: list[int]
+    encoder_ids: list[int] | None
+    first: int
+    positions: range
+    targets: list[int]
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        """Padded lengths of ``input_ids`` and ``encoder_ids``."""
+        return _round_up(len(self.input_ids)), _round_up(len(self.encoder_ids or ()))
+
+
+def _round_up(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[str, bool]:
+    """A prompt as text, and whether it came from chat messages (which bring their own special tokens)."""
+    if isinstance(prompt, str):
+        return prompt, False
+    return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True), True
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt | None) -> tuple[str | None, list[int]]:
+    """A prompt's text and ids, with the special tokens that the tokenizer puts first."""
+    if prompt is None:
+        return None, []
+    text, is_chat = prompt_text(tokenizer, prompt)
+    return text, list(tokenizer(text, add_special_tokens=not is_chat)["input_ids"])
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, prompt: Prompt | None, *, is_target: bool) -> Encoded:
+    """Tokenize a text apart from its prompt, without special tokens, so that its tokens are its own.
+
+    Args:
+        tokenizer: fast or slow.
+        text: to be scored.
+        prompt: text, chat messages or None.
+        is_target: whether the text is a translation (encoder-decoder), for tokenizers with two vocabularies.
+    """
+    name = "text_target" if is_target else "text"
+    options: dict[str, Any] = {name: text, "add_special_tokens": False}
+    if tokenizer.is_fast:
+        encoding = tokenizer(**options, return_offsets_mapping=True)
+        ids, offsets = list(encoding["input_ids"]), [tuple(span) for span in encoding["offset_mapping"]]
+    else:
+        ids = list(tokenizer(**options)["input_ids"])
+        offsets = locate(text, pieces(tokenizer, ids))
+    shown, before = prompt_ids(tokenizer, prompt)
+    return Encoded(text, shown, before, ids, offsets)
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """What each token adds to the decoded text; their concatenation is the text.
+
+    A character whose bytes are spread over tokens belongs to the last of them, the others add "". Decoding starts a
+    few tokens back at a place where characters are whole, which keeps it linear in the number of tokens.
+    """
+    result: list[str] = []
+    start, done = 0, 0
+    for i in range(len(token_ids)):
+        before = tokenizer.decode(token_ids[start:done], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        upto = tokenizer.decode(token_ids[start : i + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if upto.endswith("\ufffd") and i + 1 < len(token_ids):
+            result.append("")
+            continue
+        result.append(upto[len(before) :])
+        if i + 1 - start > BUCKET and upto[len(before) :]:
+            start = done
+        done = i + 1
+    return result
+
+
+def locate(text: str, parts: Iterable[str]) -> list[tuple[int, int]]:
+    """Character spans of consecutive pieces of a text; spaces that a tokenizer dropped or added are passed over."""
+    spans, position = [], 0
+    for part in parts:
+        found = text.find(part, position) if part else position
+        if found < 0:
+            part = part.strip()
+            found = max(text.find(part, position), position)
+        spans.append((found, min(found + len(part), len(text))))
+        position = spans[-1][1]
+    return spans
+
+
+def causal_windows(index: int, encoded: Encoded, context: int, bos: int | None, overlap: int) -> Iterator[Window]:
+    """Windows over the prompt (or BOS) and the text; each but the first sees at least ``overlap`` tokens before what it scores.
+
+    A text without anything before it has no score for its first token.
+    """
+    before = encoded.prompt_ids or ([] if bos is None else [bos])
+    ids = [*before, *encoded.text_ids]
+    next_scored = max(len(before), 1)  # places in ids
+    start = 0
+    while next_scored < len(ids):
+        end = min(start + context + 1, len(ids))  # the last token is predicted, not read
+        if end > next_scored:
+            positions = range(next_scored - 1 - start, end - 1 - start)
+            yield Window(index, ids[start : end - 1], None, next_scored - len(before), positions, ids[next_scored:end])
+            next_scored = end
+        start = max(end - overlap, start + 1)
+
+
+def decoder_window(index: int, encoded: Encoded, decoder_start: int) -> Window:
+    """The one window of an encoder-decoder: prompt into the encoder, text shifted right into the decoder."""
+    ids = [decoder_start, *encoded.text_ids[:-1]]
+    return Window(index, ids, encoded.prompt_ids, 0, range(len(ids)), encoded.text_ids)
+
+
+def batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Windows of one padded length together, longest first (so that running out of memory shows at once)."""
+    by_bucket: dict[tuple[int, int], list[Window]] = {}
+    for window in windows:
+        by_bucket.setdefault(window.bucket, []).append(window)
+    for bucket in sorted(by_bucket, reverse=True):
+        group = by_bucket[bucket]
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]

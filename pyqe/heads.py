@@ -1,0 +1,453 @@
+"""Sigmoid Heads: a quality probability for every token from the hidden state that predicts it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import pyqe
+from pyqe import functional as F
+from pyqe._files import atomic_path
+from pyqe.lm_head import LMHead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Kind = Literal["full", "low_rank", "rescaling"]
+Base = Literal["logit", "logprob"]
+
+# Where training settles on SmolLM2-135M; a bare copy (1, 0) starts at a loss of 8 and takes very long.
+_START = {"logit": (0.3, -5.0), "logprob": (0.5, 1.0)}
+_WEIGHTS_FILE, _CONFIG_FILE = "model.safetensors", "config.json"
+
+
+class HeadMismatchError(ValueError):
+    """A head does not belong to the model or the tokenizer that it is used with."""
+
+
+@dataclass
+class HeadConfig:
+    """What ``config.json`` of a head holds.
+
+    Attributes:
+        kind: "full", "low_rank" or "rescaling".
+        vocab_size: V of the LM's output embedding.
+        hidden_size: D.
+        scale, shift: a and c of the logits ``a * base + c``.
+        base: what a low-rank or rescaling head starts from: the LM's "logit" or its "logprob"; None for "full".
+        rank: of a low-rank head.
+        base_model, base_model_revision: the LM it was made for.
+        tokenizer_fingerprint: see :func:`tokenizer_fingerprint`.
+        training: the recipe, free form.
+        pyqe_version: that wrote it.
+    """
+
+    kind: Kind
+    vocab_size: int
+    hidden_size: int
+    scale: float = 1.0
+    shift: float = 0.0
+    base: Base | None = None
+    rank: int | None = None
+    base_model: str | None = None
+    base_model_revision: str | None = None
+    tokenizer_fingerprint: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    pyqe_version: str = ""
+
+
+@dataclass
+class LinearTerms:
+    """A head's logits over the vocabulary as ``scale * hidden @ weight.T + bias + shift``."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of a tokenizer's vocabulary: the same tokens with the same ids give the same 16 hex digits."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+class SigmoidHead(nn.Module, ABC):
+    r"""Independent probability for every token that it is a right continuation, :math:`\sigma(z_v)`.
+
+    Three kinds, all with a learned scale a and shift c, all arithmetic in float32; the LM stays frozen:
+
+    ========= ============================================== ==========================================
+    kind      logit of token v                               parameters
+    ========= ============================================== ==========================================
+    full      :math:`a \langle h, w'_v \rangle + c`          W' [V, D], starts as the LM's unembedding
+    low_rank  :math:`a\,base_v + c + b_v + \langle A_v, B h\rangle`  A [V, r], B [r, D], b [V]
+    rescaling :math:`a\,base_v + c`                          none
+    ========= ============================================== ==========================================
+
+    ``base`` is the LM's logit or its log-probability. Make one with :meth:`from_lm_head`, load one with
+    :meth:`from_pretrained`.
+
+    Source: Dinh & Niehues 2026 (arXiv 2601.00680); the low-rank kind is pyqe's own.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = nn.Parameter(torch.tensor(config.scale, dtype=torch.float32))
+        self.shift = nn.Parameter(torch.tensor(config.shift, dtype=torch.float32))
+
+    # --- making one
+
+    @staticmethod
+    def from_lm_head(
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        kind: Kind = "full",
+        rank: int = 32,
+        base: Base = "logprob",
+    ) -> SigmoidHead:
+        """An untrained head for a model.
+
+        Args:
+            model: any Hugging Face model with an output embedding.
+            tokenizer: remembered by its fingerprint, so that the head refuses another one.
+            kind: "full", "low_rank" or "rescaling".
+            rank: r of a low-rank head.
+            base: "logprob" or "logit", for the low-rank and rescaling kinds.
+
+        Raises:
+            ValueError: unknown kind or base, rank < 1, a model without an output embedding.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            ...                      num_attention_heads=1)
+            >>> SigmoidHead.from_lm_head(LlamaForCausalLM(config), kind="low_rank", rank=2).config.base
+            'logprob'
+        """
+        if kind not in _KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
+        if base not in _START:
+            raise ValueError(f"base: expected 'logprob' or 'logit', got {base!r}")
+        if rank < 1:
+            raise ValueError(f"rank: expected a positive integer, got {rank}")
+        lm_head = LMHead.from_model(model)
+        scale, shift = _START["logit" if kind == "full" else base]
+        config = HeadConfig(
+            kind=kind,
+            vocab_size=lm_head.vocab_size,
+            hidden_size=lm_head.hidden_size,
+            scale=scale * (lm_head.logit_scale if kind == "full" else 1.0),
+            shift=shift,
+            base=None if kind == "full" else base,
+            rank=rank if kind == "low_rank" else None,
+            base_model=model.config._name_or_path or None,
+            base_model_revision=getattr(model.config, "_commit_hash", None),
+            tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        )
+        head: SigmoidHead = _KINDS[kind](config)
+        head.initialise(lm_head)
+        return head.to(lm_head.weight.device)
+
+    def initialise(self, lm_head: LMHead) -> None:
+        """Set the parameters that start from the LM's head."""
+
+    # --- computing
+
+    @abstractmethod
+    def forward(
+        self, hidden: Tensor, token_ids: Tensor, base: Tensor | None = None, *, sparse_grad: bool = False
+    ) -> Tensor:
+        """Logits of given tokens; ``sigmoid`` of them are the quality probabilities.
+
+        Args:
+            hidden: [..., D], what feeds the LM's output embedding.
+            token_ids: int64 [...] or [..., K]; -1 is padding and gives NaN.
+            base: the LM's values of those tokens, as :meth:`base_of` gives them; only where ``config.base`` is set.
+            sparse_grad: sparse gradient of a full head's weight.
+
+        Returns:
+            float32, shaped as ``token_ids``.
+        """
+
+    @abstractmethod
+    def linear_terms(self, hidden: Tensor, lm_head: LMHead, logsumexp: Tensor | None = None) -> LinearTerms:
+        """The logits of the whole vocabulary as one linear form, for the vocabulary-wide operations.
+
+        Args:
+            hidden: [..., D].
+            lm_head: the LM's head.
+            logsumexp: [...] of the LM, where it is known already; else computed where the base needs it.
+
+        Raises:
+            NotImplementedError: the base is a logit with a softcap, which is not linear.
+        """
+
+    def base_of(
+        self, hidden: Tensor, token_ids: Tensor, lm_head: LMHead, logsumexp: Tensor | None = None
+    ) -> Tensor | None:
+        """The LM's logits or log-probabilities [...] or [..., K] of the tokens, as ``config.base`` says; or None."""
+        if self.config.base is None:
+            return None
+        if self.config.base == "logprob" and logsumexp is None:
+            return lm_head.softmax_stats(hidden, token_ids=token_ids).token_logprob
+        logits = lm_head.token_logits(hidden, token_ids)
+        if self.config.base == "logit":
+            return logits
+        assert logsumexp is not None
+        return logits - (logsumexp if logits.dim() == logsumexp.dim() else logsumexp[..., None])
+
+    @torch.no_grad()
+    def stats(self, hidden: Tensor, lm_head: LMHead, **options: Any) -> F.SigmoidStats:
+        """:func:`pyqe.functional.linear_sigmoid_stats` of this head: best tokens, number of acceptable ones."""
+        terms = self.linear_terms(hidden, lm_head)
+        return F.linear_sigmoid_stats(
+            terms.hidden, terms.weight, terms.bias, scale=terms.scale, shift=terms.shift, **options
+        )
+
+    # --- belonging to a model
+
+    def check_compatible(self, lm_head: LMHead, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Check that the head was made for this LM head and tokenizer.
+
+        Raises:
+            HeadMismatchError: vocabulary, hidden size or tokenizer differ; the message says both.
+        """
+        for name in ("vocab_size", "hidden_size"):
+            ours, theirs = getattr(self.config, name), getattr(lm_head, name)
+            if ours != theirs:
+                raise HeadMismatchError(f"{name}: the head has {ours}, the model {theirs}")
+        ours = self.config.tokenizer_fingerprint
+        if tokenizer is not None and ours is not None:
+            theirs = tokenizer_fingerprint(tokenizer)
+            if ours != theirs:
+                raise HeadMismatchError(f"tokenizer: the head was made with {ours}, this one is {theirs}")
+
+    # --- files
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``model.safetensors``, ``config.json`` and a model card to a folder, which is made if missing.
+
+        Raises:
+            OSError: the folder cannot be written; files that were there stay whole.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        self.config.scale, self.config.shift = self.scale.item(), self.shift.item()
+        self.config.pyqe_version = pyqe.__version__
+        tensors = {
+            name: parameter.detach().cpu().contiguous()
+            for name, parameter in self.named_parameters()
+            if name not in ("scale", "shift")
+        }
+        with atomic_path(path / _WEIGHTS_FILE) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise OSError(f"cannot write {path / _WEIGHTS_FILE}: {error}") from error
+        with atomic_path(path / _CONFIG_FILE) as temporary:
+            temporary.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        with atomic_path(path / "README.md") as temporary:
+            temporary.write_text(_model_card(self.config), encoding="utf-8")
+
+    @staticmethod
+    def from_pretrained(name: str | os.PathLike[str], *, revision: str | None = None) -> SigmoidHead:
+        """Load a head from a folder, or from the Hugging Face Hub by its id.
+
+        A folder with nothing but a safetensors file that holds one tensor ``weight`` [V, D], as the method's authors
+        release them, is a full head with scale 1 and shift 0. Nothing is unpickled or run.
+
+        Raises:
+            FileNotFoundError: no such folder or hub id, or no safetensors file in it.
+            ValueError: tensors missing, unknown or of the wrong shape.
+        """
+        folder = _local_folder(name, revision)
+        tensors = _load_tensors(folder)
+        config = _load_config(folder, tensors)
+        head = _KINDS[config.kind](config)
+        own = {name: p for name, p in head.named_parameters() if name not in ("scale", "shift")}
+        shapes = {name: tuple(p.shape) for name, p in own.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != found:
+            raise ValueError(f"{folder}: expected tensors {shapes}, got {found}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+        return head.requires_grad_(False)
+
+
+class FullHead(SigmoidHead):
+    """W' of its own, [V, D]."""
+
+    kind = "full"
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def initialise(self, lm_head: LMHead) -> None:
+        self.weight.data = lm_head.weight.float().clone()
+
+    def forward(
+        self, hidden: Tensor, token_ids: Tensor, base: Tensor | None = None, *, sparse_grad: bool = False
+    ) -> Tensor:
+        logits = F.linear_token_logits(hidden.float(), self.weight, token_ids, sparse_grad=sparse_grad)
+        return self.scale * logits + self.shift
+
+    def linear_terms(self, hidden: Tensor, lm_head: LMHead, logsumexp: Tensor | None = None) -> LinearTerms:
+        return LinearTerms(hidden.float(), self.weight, None, self.scale, self.shift)
+
+
+class RescalingHead(SigmoidHead):
+    """Two parameters on the LM's logit or log-probability."""
+
+    kind = "rescaling"
+
+    def forward(
+        self, hidden: Tensor, token_ids: Tensor, base: Tensor | None = None, *, sparse_grad: bool = False
+    ) -> Tensor:
+        return self.scale * self._required(base) + self.shift
+
+    def _required(self, base: Tensor | None) -> Tensor:
+        if base is None:
+            raise ValueError(f"base: expected the LM's {self.config.base} of the tokens, got None (see base_of)")
+        return base
+
+    def linear_terms(self, hidden: Tensor, lm_head: LMHead, logsumexp: Tensor | None = None) -> LinearTerms:
+        if lm_head.logit_softcap is not None:
+            raise NotImplementedError(f"a {self.kind} head over the whole vocabulary on logits with a softcap")
+        scale = self.scale * lm_head.logit_scale
+        bias = None if lm_head.bias is None else scale * lm_head.bias.float()
+        shift = self.shift
+        if self.config.base == "logprob":
+            logsumexp = lm_head.softmax_stats(hidden).logsumexp if logsumexp is None else logsumexp
+            shift = shift - self.scale * logsumexp
+        return LinearTerms(hidden.float(), lm_head.weight.float(), bias, scale, shift)
+
+
+class LowRankHead(RescalingHead):
+    """Rescaling with a correction of rank r: ``b_v + <A_v, B h>``."""
+
+    kind = "low_rank"
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        if not config.rank:
+            raise ValueError(f"rank: expected a positive integer for a low-rank head, got {config.rank}")
+        self.A = nn.Parameter(torch.zeros(config.vocab_size, config.rank))
+        self.B = nn.Parameter(torch.empty(config.rank, config.hidden_size))
+        self.token_bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def initialise(self, lm_head: LMHead) -> None:
+        nn.init.normal_(self.B, std=1.0 / math.sqrt(self.config.hidden_size))
+
+    def forward(
+        self, hidden: Tensor, token_ids: Tensor, base: Tensor | None = None, *, sparse_grad: bool = False
+    ) -> Tensor:
+        projected = hidden.float() @ self.B.T
+        correction = F.linear_token_logits(projected, self.A, token_ids, self.token_bias, sparse_grad=sparse_grad)
+        return super().forward(hidden, token_ids, base) + correction
+
+    def linear_terms(self, hidden: Tensor, lm_head: LMHead, logsumexp: Tensor | None = None) -> LinearTerms:
+        terms = super().linear_terms(hidden, lm_head, logsumexp)
+        assert terms.scale is not None
+        bias = self.token_bias if terms.bias is None else self.token_bias + terms.bias
+        joined = torch.cat([terms.scale * terms.hidden, terms.hidden @ self.B.T], -1)
+        return LinearTerms(joined, torch.cat([terms.weight, self.A], 1), bias, None, terms.shift)
+
+
+_KINDS: dict[str, type[SigmoidHead]] = {head.kind: head for head in (FullHead, LowRankHead, RescalingHead)}
+
+
+# --- reading files
+
+
+def _local_folder(name: str | os.PathLike[str], revision: str | None) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or str(name).count("/") != 1:
+        raise FileNotFoundError(f"head: expected a folder or a hub id (owner/name), got {str(name)!r}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        raise FileNotFoundError(f"head: no folder {str(name)!r}, and the hub does not give it: {error}") from error
+
+
+def _load_tensors(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    path = folder / _WEIGHTS_FILE if folder / _WEIGHTS_FILE in files or len(files) != 1 else files[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"head: no {_WEIGHTS_FILE} in {folder}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def _load_config(folder: Path, tensors: dict[str, Tensor]) -> HeadConfig:
+    path = folder / _CONFIG_FILE
+    content: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from error
+    if "pyqe_version" in content:
+        unknown = set(content) - {f.name for f in fields(HeadConfig)}
+        if unknown or content.get("kind") not in _KINDS:
+            raise ValueError(
+                f"{path}: written by pyqe {content['pyqe_version']}, with kind {content.get('kind')!r} and unknown "
+                f"fields {sorted(unknown)}; this is {pyqe.__version__}"
+            )
+        return HeadConfig(**content)
+    if set(tensors) != {"weight"} or tensors["weight"].dim() != 2:
+        raise ValueError(
+            f"{folder}: expected a {_CONFIG_FILE} by pyqe or one tensor 'weight' [V, D], got {set(tensors)}"
+        )
+    vocab_size, hidden_size = tensors["weight"].shape
+    return HeadConfig(kind="full", vocab_size=vocab_size, hidden_size=hidden_size)
+
+
+def _model_card(config: HeadConfig) -> str:
+    training = "".join(f"* {name}: {value}\n" for name, value in config.training.items()) or "* none recorded\n"
+    tags = f"tags: [pyqe, sigmoid-head, quality-estimation]\nbase_model: {config.base_model}"
+    return f"""---
+library_name: pyqe
+{tags}
+---
+
+# Sigmoid Head ({config.kind}) for {config.base_model}
+
+Gives every token of the frozen language model's output a probability, independent of the other tokens', that it is a
+right continuation. Vocabulary {config.vocab_size}, hidden size {config.hidden_size}, scale {config.scale:.4g}, shift
+{config.shift:.4g}{f", rank {config.rank}" if config.rank else ""}{f", base {config.base}" if config.base else ""}.
+
+```python
+import pyqe
+head = pyqe.SigmoidHead.from_pretrained("this folder")
+```
+
+## Training
+
+{training}
+Method: Dinh & Niehues 2026, arXiv 2601.00680.
+"""

@@ -1,0 +1,180 @@
+"""The head of a Hugging Face language model: how its logits come from the hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyqe import functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pyqe.negatives import NegativeSampler
+
+
+@dataclass(frozen=True)
+class LMHead:
+    r"""Logits of a model: ``softcap(logit_scale * (hidden @ weight.T + bias))``.
+
+    Attributes:
+        weight: [V, D], the model's own memory.
+        bias: [V] or None.
+        logit_scale: factor applied to the logits.
+        logit_softcap: c of ``c * tanh(logits / c)``, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel) -> LMHead:
+        """Read the head of a model: output embedding, its bias, and the scaling or softcap applied after it.
+
+        Whether that is all the model does to its logits is for :func:`check_logits` to say.
+
+        Raises:
+            ValueError: the model has no output embedding of shape [V, D].
+        """
+        embedding = output_embedding(model)
+        bias = getattr(embedding, "bias", None)
+        final_bias = getattr(model, "final_logits_bias", None)  # Bart, Marian
+        if isinstance(final_bias, Tensor):
+            final_bias = final_bias.reshape(-1).to(embedding.weight.dtype)
+            bias = final_bias if bias is None else bias + final_bias
+        config = model.config.get_text_config(decoder=True)
+        softcap = _first(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        return cls(
+            weight=embedding.weight.detach(),
+            bias=None if bias is None else bias.detach(),
+            logit_scale=_logit_scale(config),
+            logit_softcap=softcap,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the weight (a tokenizer may have fewer tokens)."""
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.weight.shape[1]
+
+    def softmax_stats(self, hidden: Tensor, **options: Any) -> F.SoftmaxStats:
+        """:func:`pyqe.functional.linear_softmax_stats` of this head."""
+        return F.linear_softmax_stats(
+            hidden.to(self.weight.dtype),
+            self.weight,
+            self.bias,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            **options,
+        )
+
+    def token_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """:func:`pyqe.functional.linear_token_logits` of this head, scaling and softcap included."""
+        logits = F.linear_token_logits(hidden.to(self.weight.dtype), self.weight, token_ids, self.bias)
+        logits = logits * self.logit_scale
+        if self.logit_softcap is None:
+            return logits
+        return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+
+    def sample_negatives(
+        self, hidden: Tensor, targets: Tensor, sampler: NegativeSampler, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """:func:`pyqe.functional.linear_sample_negatives` of this head."""
+        return F.linear_sample_negatives(
+            hidden.to(self.weight.dtype),
+            self.weight,
+            targets,
+            sampler,
+            generator,
+            bias=self.bias,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+        )
+
+
+def _first(config: Any, *names: str) -> float | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((float(value) for value in values if value is not None), None)
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere and MPT multiply, Granite divides, Falcon-H1 has a name of its own."""
+    multiplier = _first(config, "logit_scale", "lm_head_multiplier")
+    divisor = _first(config, "logits_scaling")
+    return (1.0 if multiplier is None else multiplier) / (1.0 if divisor is None else divisor)
+
+
+def output_embedding(model: PreTrainedModel) -> Any:
+    """The module that makes the model's logits.
+
+    Raises:
+        ValueError: it has none, or its weight is no [V, D] float tensor (a packed, quantized one).
+    """
+    embedding = model.get_output_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"model: expected an output embedding with a float weight [V, D], got {type(embedding).__name__} "
+            f"in {type(model).__name__}"
+        )
+    return embedding
+
+
+@contextmanager
+def capture_hidden(model: PreTrainedModel, *, skip_logits: bool, last_only: bool = False) -> Iterator[list[Tensor]]:
+    """Collect what enters the model's output embedding in every forward pass inside the ``with`` block.
+
+    Args:
+        model: the language model.
+        skip_logits: hand no positions on, so that the model computes (and keeps) no logits.
+        last_only: keep the last position alone, [B, D].
+
+    Yields:
+        a list that grows by one tensor [..., D] a forward pass. The hook is removed at the end, also after an error.
+    """
+    captured: list[Tensor] = []
+
+    def hook(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        hidden = args[0].detach()
+        captured.append(hidden[:, -1].clone() if last_only else hidden)
+        return (args[0][..., :0, :], *args[1:]) if skip_logits else None
+
+    handle = output_embedding(model).register_forward_pre_hook(hook)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel, head: LMHead) -> None:
+    """Compare the head's logits with the model's own on a tiny input.
+
+    Raises:
+        ValueError: they differ, so the model does something to its logits that :class:`LMHead` does not know; the
+            probabilities would be wrong.
+    """
+    ids = torch.arange(3, device=head.weight.device)[None] % head.vocab_size
+    inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with capture_hidden(model, skip_logits=False) as captured:
+        logits = model(input_ids=ids, use_cache=False, **inputs).logits[0].float()
+    choices = torch.arange(head.vocab_size, device=ids.device).expand(len(captured[0][0]), -1)
+    ours = head.token_logits(captured[0][0], choices)
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 3e-2
+    difference = (ours - logits).abs().max().item()
+    if not difference <= tolerance * max(1.0, logits.abs().max().item()):
+        raise ValueError(
+            f"model: {type(model).__name__} changes its logits after the output embedding in a way that is not known "
+            f"(largest difference {difference:.3g}); its probabilities would be wrong"
+        )
