@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,11 +98,11 @@ def pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list
     A character whose bytes are spread over tokens belongs to the last of them, the others add "". Decoding starts a
     few tokens back at a place where characters are whole, which keeps it linear in the number of tokens.
     """
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     result: list[str] = []
     start, done = 0, 0
     for i in range(len(token_ids)):
-        before = tokenizer.decode(token_ids[start:done], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        upto = tokenizer.decode(token_ids[start : i + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        before, upto = decode(token_ids[start:done]), decode(token_ids[start : i + 1])
         if upto.endswith("\ufffd") and i + 1 < len(token_ids):
             result.append("")
             continue

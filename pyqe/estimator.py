@@ -82,7 +82,7 @@ class QualityEstimator:
         max_length: int | None = None,
         overlap: int | None = None,
         strict: bool = False,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], object] | None = None,
     ) -> list[ScoredText]:
         """Score the tokens of given texts.
 
@@ -308,7 +308,7 @@ class QualityEstimator:
         *,
         signals: Collection[Signal] | None = None,
         batch_size: int = 8,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], object] | None = None,
         **generate_kwargs: Any,
     ) -> list[ScoredText]:
         """Generate with the model and score what it writes.

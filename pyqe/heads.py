@@ -103,7 +103,7 @@ class SigmoidHead(nn.Module, ABC):
     Source: Dinh & Niehues 2026 (arXiv 2601.00680); the low-rank kind is pyqe's own.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[str]
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -302,7 +302,8 @@ class FullHead(SigmoidHead):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def initialise(self, lm_head: LMHead) -> None:
-        self.weight.data = lm_head.weight.float().clone()
+        with torch.no_grad():
+            self.weight.copy_(lm_head.weight)
 
     def forward(
         self, hidden: Tensor, token_ids: Tensor, base: Tensor | None = None, *, sparse_grad: bool = False
@@ -429,10 +430,10 @@ def _load_config(folder: Path, tensors: dict[str, Tensor]) -> HeadConfig:
 
 def _model_card(config: HeadConfig) -> str:
     training = "".join(f"* {name}: {value}\n" for name, value in config.training.items()) or "* none recorded\n"
-    tags = f"tags: [pyqe, sigmoid-head, quality-estimation]\nbase_model: {config.base_model}"
     return f"""---
 library_name: pyqe
-{tags}
+tags: [pyqe, sigmoid-head, quality-estimation]
+base_model: {config.base_model}
 ---
 
 # Sigmoid Head ({config.kind}) for {config.base_model}

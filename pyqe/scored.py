@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -108,7 +109,7 @@ class ScoredText:
         return result
 
 
-_AGGREGATIONS = {
+_AGGREGATIONS: dict[str, Callable[[NDArray[np.float64]], Any]] = {
     "mean": np.mean,
     "min": np.min,
     "product": np.prod,

@@ -357,7 +357,7 @@ def _draw(weights: Tensor, numbers: Tensor) -> Tensor:
     """
     n, m = numbers.shape
     tiles = F.pad(weights, (0, -weights.shape[1] % TILE)).view(n, -1, TILE)
-    tile_sums = tiles.sum(2, dtype=torch.float64)
+    tile_sums = tiles.sum(2).double()
     cdf = tile_sums.cumsum(1)
     value = numbers * cdf[:, -1:]
     tile = _search(cdf, value)

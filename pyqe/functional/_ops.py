@@ -68,6 +68,7 @@ def _fake_softmax(
     temperature: float | None,
     entropy: bool,
     dominant: str,
+    *,
     vocab_size: Any = None,
 ) -> tuple[Tensor, ...]:
     n, vocab_size = logits.shape[0], logits.shape[1] if vocab_size is None else vocab_size
@@ -94,11 +95,11 @@ def _fake_softmax(
 def _fake_linear_softmax(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, *options: Any
 ) -> tuple[Tensor, ...]:
-    return _fake_softmax(hidden, *options, weight.shape[0])
+    return _fake_softmax(hidden, *options, vocab_size=weight.shape[0])
 
 
 def _fake_sigmoid(
-    logits: Tensor, token_ids: Tensor | None, top_k: int, threshold: float | None, vocab_size: Any = None
+    logits: Tensor, token_ids: Tensor | None, top_k: int, threshold: float | None, *, vocab_size: Any = None
 ) -> tuple[Tensor, ...]:
     n, k = logits.shape[0], min(top_k, logits.shape[1] if vocab_size is None else vocab_size)
     return (
@@ -120,7 +121,7 @@ def _fake_linear_sigmoid(
     shift: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    return _fake_sigmoid(hidden, *options, weight.shape[0])
+    return _fake_sigmoid(hidden, *options, vocab_size=weight.shape[0])
 
 
 def _fake_negatives(

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyqe.backends.reference import compute_dtype
 from pyqe.dominant import DominantRule
@@ -16,14 +17,9 @@ from pyqe.functional.token_logits import linear_token_logits
 Reduction = Literal["none", "mean", "sum"]
 
 
-def _reduce(losses: Tensor, weights: Tensor, reduction: Reduction) -> Tensor:
-    """Weighted losses; "mean" divides by the total weight (an empty batch gives 0, not NaN)."""
+def check_reduction(reduction: str) -> None:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if reduction == "none":
-        return losses * weights
-    total = (losses * weights).sum()
-    return total if reduction == "sum" else total / (weights != 0).sum().clamp(min=1)
 
 
 def sampled_bce(
@@ -35,17 +31,38 @@ def sampled_bce(
     weights: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Binary cross-entropy of token logits [..., K] against labels [..., K]; ids of -1 take no part.
+    """Binary cross-entropy of token logits against labels, over the pairs (position, token) that take part.
 
-    ``mean`` is over the pairs (position, token) that take part, whatever their weight. Differentiable in ``logits``.
+    Differentiable in ``logits``.
+
+    Args:
+        logits: [..., K].
+        token_ids: int64 [..., K]; pairs with -1 take no part.
+        labels: [..., K] in [0, 1].
+        pos_weight: weight of the positives.
+        weights: factor of each pair's loss, broadcasts to [..., K].
+        reduction: "mean" over the pairs that take part (0 if none does), "sum", or "none" ([..., K]).
+
+    Raises:
+        ValueError: unknown reduction.
+
+    Example:
+        >>> sampled_bce(torch.zeros(2), torch.tensor([3, -1]), torch.tensor([1, 0]), reduction="none")
+        tensor([0.6931, 0.0000])
     """
+    check_reduction(reduction)
     present = token_ids >= 0
     logits = logits.masked_fill(~present, 0.0)
-    labels = labels.to(logits.dtype)
-    losses = pos_weight * labels * torch.nn.functional.softplus(-logits)
-    losses = losses + (1.0 - labels) * torch.nn.functional.softplus(logits)
-    pair_weights = present.to(logits.dtype)
-    return _reduce(losses, pair_weights if weights is None else pair_weights * weights, reduction)
+    losses = binary_cross_entropy_with_logits(
+        logits,
+        labels.to(logits.dtype),
+        pos_weight=torch.as_tensor(pos_weight, dtype=logits.dtype, device=logits.device),
+        reduction="none",
+    )
+    losses = losses * (present if weights is None else present * weights)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / present.sum().clamp(min=1)
 
 
 def linear_sampled_bce(
@@ -105,12 +122,12 @@ def linear_sampled_bce(
     return sampled_bce(scale * logits + shift, ids, labels, pos_weight=pos_weight, reduction=reduction)
 
 
-def _distinct_excluded(exclude_ids: Tensor, targets: Tensor) -> Tensor:
-    """How many tokens each row [N] leaves out: distinct ids other than the target."""
+def count_excluded(exclude_ids: Tensor, targets: Tensor) -> Tensor:
+    """How many tokens each row [N] leaves out: distinct ids of [N, M] other than -1 and the target [N]."""
     ids = exclude_ids.masked_fill(exclude_ids == targets[:, None], -1).sort(1).values
-    repeats = torch.zeros_like(ids, dtype=torch.bool)
-    repeats[:, 1:] = ids[:, 1:] == ids[:, :-1]
-    return ((ids >= 0) & ~repeats).sum(1)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return ((ids >= 0) & first).sum(1)
 
 
 def linear_vocab_bce(
@@ -124,6 +141,7 @@ def linear_vocab_bce(
     scale: Tensor | float | None = None,
     shift: Tensor | float | None = None,
     pos_weight: float = 1.0,
+    weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -143,6 +161,7 @@ def linear_vocab_bce(
         bias: [V] or None.
         scale, shift: number(s) that broadcast to [...].
         pos_weight: weight of the positives.
+        weights: [...], factor of each position's loss, or None.
         ignore_index: target of positions to leave out.
         reduction: "mean" over the pairs (position, token) that take part, "sum", or "none" ([...], sums per position).
 
@@ -162,8 +181,7 @@ def linear_vocab_bce(
     check_ids(targets, "targets")
     if targets.shape != rows:
         raise ValueError(f"targets: expected {list(rows)}, got {list(targets.shape)}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    check_reduction(reduction)
     if isinstance(exclude, DominantRule):
         if lm_weight is None:
             raise ValueError("lm_weight: expected the LM head's weight, as exclude is a rule; got None")
@@ -173,10 +191,12 @@ def linear_vocab_bce(
     kept = flat != ignore_index
     flat = flat.masked_fill(~kept, -1)
     row_weights = kept.to(compute_dtype(matrix))
+    if weights is not None:
+        row_weights = row_weights * weights.reshape(-1)
     if reduction == "mean":
         pairs = kept.sum() * weight.shape[0]
         if exclude_ids is not None:
-            pairs = pairs - (_distinct_excluded(exclude_ids, flat) * kept).sum()
+            pairs = pairs - (count_excluded(exclude_ids, flat) * kept).sum()
         row_weights = row_weights / pairs.clamp(min=1)
     total, losses, *_ = torch.ops.pyqe.linear_vocab_bce(
         matrix,

@@ -71,7 +71,7 @@ def linear_token_logits(
     matrix = head_matrix(hidden, weight, bias)
     ids = id_matrix(token_ids, hidden.shape[:-1])
     if sparse_grad:
-        logits = _SparseTokenLogits.apply(matrix, weight, ids, bias)
+        logits = _SparseTokenLogits.apply(matrix, weight, ids, bias)  # type: ignore[no-untyped-call]
     else:
         logits = torch.ops.pyqe.linear_token_logits(matrix, weight, ids, bias)
     return logits.reshape(token_ids.shape)

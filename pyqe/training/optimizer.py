@@ -1,0 +1,74 @@
+"""Adam that touches only the rows that have a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam for parameters with sparse row gradients and with dense ones, in one optimizer.
+
+    Rows without a gradient keep their value and their moments, as in ``torch.optim.SparseAdam`` (which takes sparse
+    gradients only); dense gradients get ordinary Adam. No weight decay.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate, > 0.
+        betas: decay of the two moments, in [0, 1).
+        eps: added to the denominator.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(3, 1))
+        >>> weight.grad = torch.sparse_coo_tensor([[1]], [[1.0]], (3, 1))
+        >>> RowAdam([weight], lr=0.5).step()
+        >>> weight.flatten().tolist()
+        [0.0, -0.5, 0.0]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        if not lr > 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"lr, betas: expected lr > 0 and betas in [0, 1), got {lr} and {betas}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters that have a gradient; returns what the closure gives."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, **{k: group[k] for k in ("lr", "betas", "eps")})
+        return loss
+
+    def _update(self, parameter: Tensor, grad: Tensor, lr: float, betas: tuple[float, float], eps: float) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        rows: Any = ...
+        if grad.is_sparse:
+            grad = grad.coalesce()
+            rows, grad = grad.indices()[0], grad.values()
+        mean = torch.lerp(state["mean"][rows], grad, 1 - betas[0])
+        square = torch.lerp(state["square"][rows], grad * grad, 1 - betas[1])
+        state["mean"][rows], state["square"][rows] = mean, square
+        correction = (1 - betas[1] ** state["step"]) ** 0.5 / (1 - betas[0] ** state["step"])
+        denominator = square.sqrt() + eps * (1 - betas[1] ** state["step"]) ** 0.5
+        parameter[rows] = parameter[rows] - lr * correction * mean / denominator
