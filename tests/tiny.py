@@ -1,0 +1,88 @@
+"""Tiny random models and a tokenizer, for tests that need the whole path but no real language model."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+TEXTS = [
+    "The cat sat on the mat.",
+    "A dog, and another dog!",
+    "Héllo wörld 🎉, how are you?",
+    "one two three four five six seven eight nine ten",
+    "x",
+]
+
+_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with <pad>, <s>, </s> and a small merged vocabulary."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(TEXTS * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=64
+    )
+
+
+def model(kind: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+    """A random model with large enough weights for its distributions to be uneven."""
+    vocab = {"vocab_size": len(tokenizer()), **_IDS, "initializer_range": 0.3}
+    decoder = {"num_key_value_heads": 1, "max_position_embeddings": 64}
+    config: Any
+    if kind == "llama":
+        config = LlamaConfig(**{**vocab, **_SMALL, **decoder, **options})
+    elif kind == "gpt2":
+        config = GPT2Config(**{**vocab, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, **options})
+    elif kind == "gemma2":
+        config = Gemma2Config(
+            **{**vocab, **_SMALL, **decoder, "head_dim": 16, "final_logit_softcapping": 3.0, **options}
+        )
+    elif kind == "cohere":
+        config = CohereConfig(**{**vocab, **_SMALL, **decoder, "logit_scale": 0.25, **options})
+    elif kind == "granite":
+        config = GraniteConfig(**{**vocab, **_SMALL, **decoder, "logits_scaling": 4.0, **options})
+    elif kind == "t5":
+        config = T5Config(
+            **{**vocab, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, **options},
+            decoder_start_token_id=0,
+        )
+    elif kind == "bart":
+        sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+        sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+        config = BartConfig(
+            **{**vocab, **sizes, "max_position_embeddings": 64, "init_std": 0.3, **options},
+            decoder_start_token_id=2,
+            forced_eos_token_id=None,
+        )
+    else:
+        raise ValueError(kind)
+    torch.manual_seed(1)
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return loader.from_config(config).to(dtype).eval()
