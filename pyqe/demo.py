@@ -239,8 +239,9 @@ def run(output: Path, *, retrain: bool, say: Say) -> None:
     training = head.config.training
     summary = {
         "Language model": LM_NAME,
-        "Sigmoid Head": f"{head.config.kind}, rank {head.config.rank}, trained on {training.get('tokens', 0):,} tokens of "
-        f"Python documentation (held-out loss {training.get('held_out_loss')})",
+        "Sigmoid Head": f"{head.config.kind}, rank {head.config.rank}",
+        "Trained on": f"{training.get('tokens', 0):,} tokens of Python's documentation",
+        "Held-out loss": str(training.get("held_out_loss")),
         "Date": date.today().isoformat(),
         "pyqe": pyqe.__version__,
     }

@@ -30,7 +30,8 @@ class DominantRule:
     kind      dominant ranks
     ========= ==========================================================================================
     jump      ranks 1..c, where c is the ``cut`` ("first" or "last") rank i with a significant drop:
-              :math:`p_i - p_{i+1} > \max(\text{ratio} \cdot p_i, \epsilon)`; none if nothing drops
+              :math:`p_i - p_{i+1} > \max(\text{ratio} \cdot p_i, \epsilon)`, by more than rounding; none if
+              nothing drops
     top_k     the ``k`` most probable
     top_p     those whose cumulative probability stays below ``p`` (the crossing token left out)
     min_p     :math:`p_i > p \cdot p_1`

@@ -127,7 +127,7 @@ def locate(text: str, parts: Iterable[str]) -> list[tuple[int, int]]:
 
 
 def causal_windows(index: int, encoded: Encoded, context: int, bos: int | None, overlap: int) -> Iterator[Window]:
-    """Windows over the prompt (or BOS) and the text; each but the first sees at least ``overlap`` tokens before what it scores.
+    """Windows over the prompt (or BOS) and the text; all but the first see ``overlap`` tokens before what they score.
 
     A text without anything before it has no score for its first token.
     """

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyqe import encoding
 from pyqe.dominant import DominantRule
 from pyqe.encoding import Encoded, Prompt, Window
+from pyqe.functional import SoftmaxStats
 from pyqe.generation import generated_hidden, generation_output, trim
 from pyqe.heads import SigmoidHead
 from pyqe.lm_head import LMHead, capture_hidden, check_logits
@@ -261,35 +262,34 @@ class QualityEstimator:
         missing = -count % _ROW_PADDING
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
         token_ids = torch.nn.functional.pad(token_ids, (0, missing), value=-1)
-        scores: dict[Signal, Tensor] = {}
+        stats = self._softmax_stats(hidden, token_ids, signals)
+        scores: dict[str, Tensor] = {}
+        if "quality" in signals:
+            scores["quality"] = self._quality(hidden, token_ids, stats)
+        if stats is not None:
+            scores |= _softmax_signals(stats, token_ids, signals)
+        return {signal: scores[signal][:count].float().cpu().numpy() for signal in signals}
+
+    def _softmax_stats(self, hidden: Tensor, token_ids: Tensor, signals: Collection[Signal]) -> SoftmaxStats | None:
+        """The softmax statistics that the signals need, or None: the quality of most heads needs none."""
         on_logprob = "quality" in signals and self.head is not None and self.head.config.base == "logprob"
-        stats = None
-        if on_logprob or set(signals) - {"quality"}:
-            stats = self.lm_head.softmax_stats(
-                hidden,
-                token_ids=token_ids,
-                entropy="entropy" in signals,
-                dominant=self.rule if "boosted_prob" in signals else None,
-            )
-            assert stats.token_logprob is not None
-        for signal in signals:
-            if signal == "quality":
-                assert self.head is not None
-                base = (
-                    stats.token_logprob if on_logprob and stats else self.head.base_of(hidden, token_ids, self.lm_head)
-                )
-                scores[signal] = torch.sigmoid(self.head(hidden, token_ids, base))
-            elif stats is not None:
-                scores[signal] = {
-                    "prob": lambda: stats.token_logprob.exp(),  # type: ignore[union-attr]
-                    "max_prob": lambda: stats.max_logprob.exp(),
-                    "entropy": lambda: stats.entropy,
-                    "boosted_prob": lambda: stats.boosted_prob(token_ids),
-                }[signal]()  # type: ignore[assignment]
-        if stats is not None:  # a row without a distribution has no score at all
-            invalid = stats.max_logprob.isnan()
-            scores = {signal: score.masked_fill(invalid, torch.nan) for signal, score in scores.items()}
-        return {signal: score[:count].float().cpu().numpy() for signal, score in scores.items()}
+        if not on_logprob and set(signals) == {"quality"}:
+            return None
+        return self.lm_head.softmax_stats(
+            hidden,
+            token_ids=token_ids,
+            entropy="entropy" in signals,
+            dominant=self.rule if "boosted_prob" in signals else None,
+        )
+
+    def _quality(self, hidden: Tensor, token_ids: Tensor, stats: SoftmaxStats | None) -> Tensor:
+        """Sigmoid probabilities [M]; NaN where a logit is not finite, which must not look confident."""
+        assert self.head is not None
+        on_logprob = self.head.config.base == "logprob" and stats is not None
+        base = stats.token_logprob if on_logprob and stats else self.head.base_of(hidden, token_ids, self.lm_head)
+        logits = self.head(hidden, token_ids, base)
+        valid = logits.isfinite() if stats is None else logits.isfinite() & stats.max_logprob.isfinite()
+        return torch.sigmoid(logits).masked_fill(~valid, torch.nan)
 
     def _fill(self, results: Sequence[ScoredText], batch: Sequence[Window], scores: dict[Signal, np.ndarray]) -> None:
         start = 0
@@ -385,6 +385,18 @@ class QualityEstimator:
         result = self._result(Encoded(text, prompt, [], token_ids, encoding.locate(text, parts)), signals)
         result.finish_reason = finish_reason
         return result
+
+
+def _softmax_signals(stats: SoftmaxStats, token_ids: Tensor, signals: Collection[Signal]) -> dict[str, Tensor]:
+    """Scores [M] of the softmax signals that were asked for."""
+    scores: dict[str, Tensor] = {"max_prob": stats.max_logprob.exp()}
+    if stats.token_logprob is not None:
+        scores["prob"] = stats.token_logprob.exp()
+    if stats.entropy is not None:
+        scores["entropy"] = stats.entropy
+    if "boosted_prob" in signals:
+        scores["boosted_prob"] = stats.boosted_prob(token_ids)
+    return scores
 
 
 def _stop_ids(model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> list[int]:

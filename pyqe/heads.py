@@ -335,7 +335,7 @@ class RescalingHead(SigmoidHead):
             raise NotImplementedError(f"a {self.kind} head over the whole vocabulary on logits with a softcap")
         scale = self.scale * lm_head.logit_scale
         bias = None if lm_head.bias is None else scale * lm_head.bias.float()
-        shift = self.shift
+        shift: Tensor = self.shift
         if self.config.base == "logprob":
             logsumexp = lm_head.softmax_stats(hidden).logsumexp if logsumexp is None else logsumexp
             shift = shift - self.scale * logsumexp

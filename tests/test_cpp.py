@@ -257,7 +257,7 @@ def test_bad_token_id(bad: int, position: tuple[int, int]) -> None:
     n, k = position
     ids = torch.zeros(3, 2, dtype=torch.int64)
     ids[n, k] = bad
-    message = rf"token_ids\[{n}, {k}\] is {bad}, expected -1 .* vocabulary size 5"
+    message = rf"token_ids\[{n}, {k}\]: expected -1 .* in \[0, 5\), got {bad}"
     with pytest.raises(IndexError, match=message):
         forward(randn(3, 8), randn(5, 8), ids)
     with pytest.raises(IndexError, match=message):

@@ -48,7 +48,7 @@ def sample_negatives(
         raise ValueError(f"targets: expected {list(logits.shape[:-1])}, got {list(targets.shape)}")
     options = _sampler_options(targets, sampler, logits.shape[-1], generator)
     ids = torch.ops.pyqe.sample_negatives(matrix, *options)
-    return ids.reshape(*targets.shape, -1)
+    return ids.reshape(targets.shape + ids.shape[1:])
 
 
 def linear_sample_negatives(
@@ -93,4 +93,4 @@ def linear_sample_negatives(
         raise ValueError(f"targets: expected {list(hidden.shape[:-1])}, got {list(targets.shape)}")
     options = _sampler_options(targets, sampler, weight.shape[0], generator)
     ids = torch.ops.pyqe.linear_sample_negatives(matrix, weight, bias, logit_scale, logit_softcap, *options)
-    return ids.reshape(*targets.shape, -1)
+    return ids.reshape(targets.shape + ids.shape[1:])

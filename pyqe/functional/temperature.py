@@ -23,7 +23,7 @@ def inverse_softmax(
             log-probabilities of the renormalised vector). softmax is the same for all three.
 
     Returns:
-        [..., C], float32 or float64; NaN for a row with a negative or NaN entry.
+        [..., C], float32 or float64; NaN for a row with a negative or NaN entry, or without a finite c.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or range.

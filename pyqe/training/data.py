@@ -113,7 +113,7 @@ class HiddenStateDataset(Dataset[dict[str, Tensor]]):
         self.hidden, self.labels, self.logsumexp, self.rows = hidden, labels, logsumexp, rows
 
     @classmethod
-    @torch.inference_mode()
+    @torch.no_grad()
     def compute(
         cls,
         lm: PreTrainedModel,

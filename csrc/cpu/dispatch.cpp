@@ -1,0 +1,141 @@
+#include "cpu/dispatch.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+
+#if PYQE_X86
+#include <cpuid.h>
+#endif
+
+namespace pyqe::cpu {
+namespace {
+
+#if PYQE_X86
+
+// Read from CPUID rather than with __builtin_cpu_supports, whose set of names differs between compilers.
+enum Register { kEax, kEbx, kEcx, kEdx };
+
+struct Feature {
+  const char* name;
+  unsigned leaf, subleaf;
+  Register where;
+  int bit;
+  std::uint64_t state;  // the bits of XCR0 by which the operating system says that it saves the registers
+};
+
+constexpr std::uint64_t kAvxState = 0x6, kAvx512State = 0xe6, kAmxState = 0x60000;
+
+constexpr Feature kFeatures[] = {
+    {"avx2", 7, 0, kEbx, 5, kAvxState},
+    {"fma", 1, 0, kEcx, 12, kAvxState},
+    {"f16c", 1, 0, kEcx, 29, kAvxState},
+    {"avx512f", 7, 0, kEbx, 16, kAvx512State},
+    {"avx512bw", 7, 0, kEbx, 30, kAvx512State},
+    {"avx512dq", 7, 0, kEbx, 17, kAvx512State},
+    {"avx512vl", 7, 0, kEbx, 31, kAvx512State},
+    {"avx512_bf16", 7, 1, kEax, 5, kAvx512State},
+    {"avx512_fp16", 7, 0, kEdx, 23, kAvx512State},
+    {"amx_tile", 7, 0, kEdx, 24, kAmxState},
+    {"amx_bf16", 7, 0, kEdx, 22, kAmxState},
+};
+
+std::uint64_t saved_state() {
+  unsigned registers[4] = {};
+  constexpr unsigned kOsxsave = 1u << 27;
+  if (!__get_cpuid(1, &registers[kEax], &registers[kEbx], &registers[kEcx], &registers[kEdx])) return 0;
+  if (!(registers[kEcx] & kOsxsave)) return 0;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return std::uint64_t{high} << 32 | low;
+}
+
+std::vector<std::string> detect_features() {
+  const std::uint64_t state = saved_state();
+  std::vector<std::string> found;
+  for (const Feature& feature : kFeatures) {
+    unsigned registers[4] = {};
+    const bool known = __get_cpuid_count(feature.leaf, feature.subleaf, &registers[kEax], &registers[kEbx],
+                                         &registers[kEcx], &registers[kEdx]);
+    const bool present = known && (registers[feature.where] >> feature.bit & 1u);
+    if (present && (state & feature.state) == feature.state) found.emplace_back(feature.name);
+  }
+  return found;
+}
+
+#else
+
+std::vector<std::string> detect_features() { return {}; }
+
+#endif
+
+struct Level {
+  const char* name;
+  std::vector<std::string> needs;
+  const Kernels* kernels;
+};
+
+// Best first.
+const std::vector<Level>& levels() {
+  static const std::vector<Level> all = {
+#if PYQE_X86
+      {"avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}, &avx512_kernels},
+      {"avx2", {"avx2", "fma", "f16c"}, &avx2_kernels},
+#endif
+      {"portable", {}, &portable_kernels},
+  };
+  return all;
+}
+
+bool runs_here(const Level& level) {
+  static const std::vector<std::string> features = detect_features();
+  return std::all_of(level.needs.begin(), level.needs.end(), [](const std::string& name) {
+    return std::find(features.begin(), features.end(), name) != features.end();
+  });
+}
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+const Level& choose() {
+  const char* variable = std::getenv("PYQE_CPU_ISA");
+  const std::string wanted = variable ? variable : "";
+  for (const Level& level : levels()) {
+    if (runs_here(level) && (wanted.empty() || wanted == level.name)) return level;
+  }
+  throw std::invalid_argument(
+      "PYQE_CPU_ISA=" + wanted +
+      ": expected one of the levels that run on this processor: " + joined(available_isas()));
+}
+
+const Level& chosen() {
+  static const Level& level = choose();
+  return level;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen().kernels; }
+
+std::string isa() { return chosen().name; }
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Level& level : levels()) names.emplace_back(level.name);
+  return names;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Level& level : levels()) {
+    if (runs_here(level)) names.emplace_back(level.name);
+  }
+  return names;
+}
+
+std::vector<std::string> cpu_features() { return detect_features(); }
+
+}  // namespace pyqe::cpu

@@ -1,0 +1,132 @@
+// The vector layer: what every instruction set shares.
+//
+// An instruction set is a struct `Isa` (simd_*.h) with the vector types F32 and I32 of kWidth lanes, and the
+// few operations that the compiler's vector extension cannot express: fma, sum and the fp16 conversions.
+// Arithmetic, comparison and selection are plain operators on F32 and I32.
+//
+// Everything lives in an anonymous namespace, and no std:: template is used: these headers are compiled once
+// per instruction set, and nothing may be merged by the linker across those builds.
+#pragma once
+
+#include "core/dtype.h"
+
+namespace pyqe::cpu {
+namespace {
+
+// 2 * kWidth consecutive elements. Which of the two vectors an element is in depends on the dtype; load and
+// store agree, and sums do not care. So 16-bit elements need no shuffle.
+template <class Isa>
+struct Pair {
+  typename Isa::F32 first, second;
+};
+
+template <class Isa>
+constexpr std::int64_t kPairWidth = 2 * Isa::kWidth;
+
+template <class Isa>
+typename Isa::I32 bits_of(typename Isa::F32 value) {
+  return (typename Isa::I32)value;
+}
+
+template <class Isa>
+typename Isa::F32 float_from_bits(typename Isa::I32 bits) {
+  return (typename Isa::F32)bits;
+}
+
+template <class Isa>
+typename Isa::F32 broadcast(float value) {
+  return value - typename Isa::F32{};  // x - 0 is x for every x, so this folds into one instruction
+}
+
+template <class Isa>
+Pair<Isa> load(const float* from) {
+  // Vector by vector: gcc copies a Pair as a whole through the stack in pieces, 3 times slower.
+  typename Isa::F32 first, second;
+  __builtin_memcpy(&first, from, sizeof first);
+  __builtin_memcpy(&second, from + Isa::kWidth, sizeof second);
+  return {first, second};
+}
+
+template <class Isa>
+Pair<Isa> load(const BFloat16* from) {
+  typename Isa::I32 words;
+  __builtin_memcpy(&words, from, sizeof words);
+  return {float_from_bits<Isa>(words << 16), float_from_bits<Isa>(words & static_cast<int>(0xffff0000u))};
+}
+
+template <class Isa>
+Pair<Isa> load(const Float16* from) {
+  return {Isa::widen(from), Isa::widen(from + Isa::kWidth)};
+}
+
+template <class Isa>
+void store(float* to, Pair<Isa> pair) {
+  __builtin_memcpy(to, &pair.first, sizeof pair.first);
+  __builtin_memcpy(to + Isa::kWidth, &pair.second, sizeof pair.second);
+}
+
+// The vector form of to_bfloat16, the rounded value left in the upper half of each lane.
+template <class Isa>
+typename Isa::I32 round_to_bfloat16(typename Isa::F32 value) {
+  using I32 = typename Isa::I32;
+  const I32 bits = bits_of<Isa>(value);
+  const I32 rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return (value == value ? rounded : bits | 0x400000) & static_cast<int>(0xffff0000u);
+}
+
+template <class Isa>
+void store(BFloat16* to, Pair<Isa> pair) {
+  const typename Isa::I32 low = round_to_bfloat16<Isa>(pair.first) >> 16 & 0xffff;
+  const typename Isa::I32 words = low | round_to_bfloat16<Isa>(pair.second);
+  __builtin_memcpy(to, &words, sizeof words);
+}
+
+template <class Isa>
+void store(Float16* to, Pair<Isa> pair) {
+  Isa::narrow(to, pair.first);
+  Isa::narrow(to + Isa::kWidth, pair.second);
+}
+
+// The end of a row goes through a buffer, so that nothing past the row is read or written.
+template <class Isa, class T>
+Pair<Isa> load_partial(const T* from, std::int64_t count) {
+  T buffer[kPairWidth<Isa>] = {};
+  __builtin_memcpy(buffer, from, static_cast<std::size_t>(count) * sizeof(T));
+  return load<Isa>(buffer);
+}
+
+template <class Isa, class T>
+void store_partial(T* to, Pair<Isa> pair, std::int64_t count) {
+  T buffer[kPairWidth<Isa>];
+  store<Isa>(buffer, pair);
+  __builtin_memcpy(to, buffer, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+// Asks for the cache lines of [from, from + bytes) to come into L2: a whole row ahead of its use is too much
+// for L1, and 1.4 times slower (docs/notes/cpu-token-logits.md). Any address is allowed: a prefetch never
+// faults.
+inline void prefetch(const void* from, std::int64_t bytes) {
+  constexpr std::int64_t kLine = 64;
+  constexpr int kRead = 0, kIntoL2 = 2;
+  for (std::int64_t at = 0; at < bytes; at += kLine) {
+    __builtin_prefetch(static_cast<const char*>(from) + at, kRead, kIntoL2);
+  }
+}
+
+// Calls body with a value of the C++ type that a dtype stands for.
+template <class Body>
+void with_element_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+    case DType::kFloat64:
+      return;  // rejected by the caller: fp64 never reaches a SIMD kernel
+  }
+}
+
+}  // namespace
+}  // namespace pyqe::cpu

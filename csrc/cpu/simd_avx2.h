@@ -1,0 +1,34 @@
+// AVX2 with FMA and F16C: eight lanes.
+#pragma once
+
+#include <immintrin.h>
+
+#include "core/dtype.h"
+
+namespace pyqe::cpu {
+namespace {
+
+struct Avx2 {
+  static constexpr int kWidth = 8;
+  typedef float F32 __attribute__((vector_size(32)));
+  typedef std::int32_t I32 __attribute__((vector_size(32)));
+
+  static F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+
+  static float sum(F32 v) {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+  }
+
+  static F32 widen(const Float16* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+
+  static void narrow(Float16* to, F32 v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+}  // namespace
+}  // namespace pyqe::cpu

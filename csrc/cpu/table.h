@@ -1,0 +1,35 @@
+// Fills in the table of one instruction set.
+#pragma once
+
+#include "cpu/inverse_softmax_kernels.h"
+#include "cpu/kernels.h"
+#include "cpu/token_logits_kernels.h"
+
+namespace pyqe::cpu {
+namespace {
+
+// constexpr: the table is data in the library, so loading the library runs no code of this instruction set.
+template <class Isa>
+constexpr Kernels kernel_table() {
+  return {
+      [](const TokenLogitsForward& args, std::int64_t begin, std::int64_t end) {
+        with_element_type(args.dtype, [&](auto element) {
+          token_logits_forward<Isa, decltype(element)>(args, begin, end);
+        });
+      },
+      [](const TokenLogitsBackwardHidden& args, std::int64_t begin, std::int64_t end) {
+        with_element_type(args.dtype, [&](auto element) {
+          token_logits_backward_hidden<Isa, decltype(element)>(args, begin, end);
+        });
+      },
+      [](const TokenLogitsBackwardWeight& args, std::int64_t begin, std::int64_t end) {
+        with_element_type(args.dtype, [&](auto element) {
+          token_logits_backward_weight<Isa, decltype(element)>(args, begin, end);
+        });
+      },
+      inverse_softmax<Isa>,
+  };
+}
+
+}  // namespace
+}  // namespace pyqe::cpu

@@ -1,0 +1,203 @@
+"""Negative samplers: exact exclusion, exact distributions, reproducible draws."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+
+from pyqe import functional as F
+from pyqe.backends.philox import philox, uniform
+from pyqe.dominant import DominantRule
+from pyqe.negatives import NegativeSampler
+
+SIGNIFICANT = 1e-4  # with a fixed seed a test either always passes or always fails
+
+
+def draw(sampler: NegativeSampler, logits: Tensor, target: int, rows: int, seed: int = 3) -> Tensor:
+    """Negatives [rows, K] of one distribution [V], drawn over and over."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.sample_negatives(logits.expand(rows, -1), torch.full((rows,), target), sampler, generator)
+
+
+def without_replacement(weights: Tensor, count: int) -> dict[tuple[int, ...], float]:
+    """Probability of every ordered draw without replacement, by definition."""
+    result = {}
+    for ids in itertools.permutations(weights.nonzero()[:, 0].tolist(), count):
+        probability, rest = 1.0, weights.clone().double()
+        for token in ids:
+            probability *= float(rest[token] / rest.sum())
+            rest[token] = 0.0
+        result[ids] = probability
+    return result
+
+
+def assert_distribution(ids: Tensor, expected: dict[tuple[int, ...], float]) -> None:
+    drawn = [tuple(row) for row in ids.tolist()]
+    assert set(drawn) <= set(expected)
+    observed = [drawn.count(key) for key in expected]
+    assert chisquare(observed, [len(drawn) * p for p in expected.values()]).pvalue > SIGNIFICANT
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+
+
+def test_softmax_source_draws_without_replacement_at_its_temperature() -> None:
+    sampler = NegativeSampler(("softmax",), num_negatives=2, temperature=2.0, exclude=None)
+    weights = torch.softmax(LOGITS / 2.0, 0)
+    weights[1] = 0.0  # the target
+    assert_distribution(draw(sampler, LOGITS, 1, 20_000), without_replacement(weights, 2))
+
+
+def test_unigram_and_uniform_sources() -> None:
+    counts = torch.tensor([5.0, 1.0, 0.0, 3.0, 2.0, 2.0])
+    for source, weights in (("unigram", counts.clone()), ("uniform", torch.ones(6))):
+        sampler = NegativeSampler((source,), num_negatives=2, exclude=None, unigram_counts=counts)  # type: ignore[arg-type]
+        weights[0] = 0.0
+        assert_distribution(draw(sampler, LOGITS, 0, 20_000), without_replacement(weights, 2))
+
+
+def test_mixture_weighs_normalised_sources() -> None:
+    counts = torch.tensor([100.0, 50.0, 0.0, 300.0, 20.0, 1.0])
+    sampler = NegativeSampler(
+        ("unigram", "uniform"),
+        num_negatives=2,
+        combination="mixture",
+        weights=(1.0, 3.0),
+        exclude=None,
+        unigram_counts=counts,
+    )
+    counts[2], uniform_weights = 0.0, torch.ones(6)
+    uniform_weights[2] = 0.0
+    weights = counts / counts.sum() + 3.0 * uniform_weights / uniform_weights.sum()
+    assert_distribution(draw(sampler, LOGITS, 2, 20_000), without_replacement(weights, 2))
+
+
+def test_product_multiplies_sources() -> None:
+    counts = torch.tensor([1.0, 2.0, 0.0, 3.0, 4.0, 5.0])
+    sampler = NegativeSampler(
+        ("unigram", "softmax"), num_negatives=2, combination="product", exclude=None, unigram_counts=counts
+    )
+    weights = counts * torch.softmax(LOGITS / 2.0, 0)
+    weights[5] = 0.0
+    assert_distribution(draw(sampler, LOGITS, 5, 20_000), without_replacement(weights, 2))
+
+
+def test_independent_sources_drop_what_an_earlier_one_drew() -> None:
+    sampler = NegativeSampler(("uniform", "softmax"), num_negatives=5, exclude=None)
+    ids = draw(sampler, LOGITS, 0, 4000)
+    assert sampler.shares == (2, 3)
+    assert (ids[:, :2] >= 0).all()
+    for row in ids.tolist():
+        kept = [token for token in row if token >= 0]
+        assert len(set(kept)) == len(kept)
+        assert 0 not in kept
+    assert (ids[:, 2:] == -1).any()
+    assert_distribution(ids[:, :2], without_replacement(torch.tensor([0.0, 1, 1, 1, 1, 1]), 2))
+
+
+def test_one_token_nearly_certain_does_not_starve_the_others() -> None:
+    logits = torch.tensor([60.0, 0.0, 0.1, 0.2, 0.3])
+    sampler = NegativeSampler(("softmax",), num_negatives=3, temperature=1.0, exclude=None)
+    ids = draw(sampler, logits, 4, 500)
+    assert (ids[:, 0] == 0).all()
+    assert (ids >= 0).all()
+    expected = without_replacement(torch.tensor([0.0, 1.0, 1.105, 1.221, 0.0]), 2)
+    assert_distribution(ids[:, 1:], expected)
+
+
+@pytest.mark.parametrize("combination", ["independent", "mixture", "product"])
+def test_never_the_target_never_dominant_never_twice(combination: Any) -> None:
+    logits = torch.randn(200, 400) * torch.linspace(0.5, 5.0, 200)[:, None]
+    targets = torch.randint(0, 400, (200,))
+    rule = DominantRule.jump("first")
+    sampler = NegativeSampler(
+        ("unigram", "softmax", "uniform"), combination=combination, exclude=rule, unigram_counts=torch.rand(400)
+    )
+    ids = F.sample_negatives(logits, targets, sampler)
+    dominant = F.dominant_tokens(logits, rule).ids
+    assert ids.shape == (200, 10)
+    for row, target, excluded in zip(ids.tolist(), targets.tolist(), dominant.tolist(), strict=True):
+        kept = [token for token in row if token >= 0]
+        assert kept
+        assert len(set(kept)) == len(kept)
+        assert not set(kept) & ({target} | set(excluded))
+
+
+def test_rows_with_too_few_candidates_are_padded() -> None:
+    sampler = NegativeSampler(("uniform",), num_negatives=5, exclude=None)
+    ids = draw(sampler, torch.zeros(4), 1, 10)
+    assert ((ids >= 0).sum(1) == 3).all()
+    assert (draw(sampler, torch.zeros(1), 0, 2) == -1).all()
+
+
+def test_a_row_without_a_distribution_gets_no_negatives() -> None:
+    logits = torch.zeros(3, 8)
+    logits[1, 2] = torch.nan
+    ids = F.sample_negatives(logits, torch.zeros(3, dtype=torch.int64), NegativeSampler(("uniform",), exclude=None))
+    assert (ids[1] == -1).all()
+    assert (ids[[0, 2]] >= 0).any(1).all()
+
+
+def test_the_generator_decides_and_rows_do_not_depend_on_each_other() -> None:
+    hidden, weight = torch.randn(150, 16), torch.randn(500, 16)
+    targets = torch.randint(0, 500, (150,))
+    sampler = NegativeSampler(("uniform", "softmax"))
+
+    def sample(rows: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return F.linear_sample_negatives(hidden[:rows], weight, targets[:rows], sampler, generator)
+
+    assert torch.equal(sample(150, 1), sample(150, 1))
+    assert not torch.equal(sample(150, 1), sample(150, 2))
+    assert torch.equal(sample(150, 1)[:70], sample(70, 1))
+
+
+def test_philox_known_answers() -> None:
+    """Vectors of the authors' Random123 library, kat_vectors, philox 4x32-10."""
+    ones = 0xFFFFFFFF
+    for counter, key, expected in (
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones,) * 4, (ones, ones), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ):
+        words = philox(tuple(torch.tensor([word]) for word in counter), key)  # type: ignore[arg-type]
+        assert tuple(int(word) for word in words) == expected
+    numbers = uniform(7, 0, torch.arange(100), torch.arange(100))
+    assert numbers.min() >= 0.0
+    assert numbers.max() < 1.0
+    assert abs(numbers.mean().item() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sources": ()},
+        {"sources": ("other",)},
+        {"sources": ("unigram",)},
+        {"sources": ("uniform",), "num_negatives": 0},
+        {"sources": ("uniform",), "temperature": 0.0},
+        {"sources": ("uniform",), "counts": (1, 2)},
+        {"sources": ("uniform",), "weights": (1.0,)},
+        {"sources": ("uniform",), "combination": "sum"},
+        {"sources": ("unigram",), "unigram_counts": torch.zeros(3)},
+    ],
+    ids=str,
+)
+def test_bad_samplers_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        NegativeSampler(**options)
+
+
+def test_counts_of_another_vocabulary_are_refused() -> None:
+    sampler = NegativeSampler(("unigram",), unigram_counts=torch.ones(5))
+    with pytest.raises(ValueError, match="unigram_counts"):
+        F.sample_negatives(torch.zeros(1, 6), torch.tensor([0]), sampler)
