@@ -400,7 +400,7 @@ def test_gradcheck(name: str) -> None:
 
 
 def test_operations_compile_in_one_graph(backend: str) -> None:
-    hidden, weight, bias = head(6, 4, 11, torch.float32)
+    hidden, weight, _ = head(6, 4, 11, torch.float32)
     needs("linear_token_logits", hidden)
     needs("linear_softmax_stats", hidden)
     targets = torch.randint(0, 11, (6,))
@@ -419,3 +419,14 @@ def test_operations_compile_in_one_graph(backend: str) -> None:
     expected[0].backward()
     got[0].backward()
     torch.testing.assert_close(fused.grad, plain.grad)
+
+
+def test_vmap(backend: str) -> None:
+    hidden, weight, _ = head(6, 4, 11, torch.float32)
+    needs("linear_token_logits", hidden)
+    ids = torch.randint(0, 11, (6, 2))
+    hidden.requires_grad_()
+    got = torch.vmap(lambda h, i: F.linear_token_logits(h[None], weight, i[None])[0])(hidden, ids)
+    torch.testing.assert_close(got, F.linear_token_logits(hidden, weight, ids))
+    got.sum().backward()
+    torch.testing.assert_close(hidden.grad, weight[ids].sum(1))

@@ -8,6 +8,7 @@ defined through ``torch.library.Library``, whose call costs a third of ``torch.l
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,20 @@ def _define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) -
     _library.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyqe::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"pyqe::{name}", partial(_one_by_one, name), lib=_library)
+
+
+def _one_by_one(name: str, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """Batching rule: the operator on every example, stacked. Rows fold into [..., D] without ``vmap`` anyway."""
+    operator = getattr(torch.ops.pyqe, name)
+    dims = [*in_dims, *[None] * (len(args) - len(in_dims))]
+    results = []
+    for i in range(info.batch_size):
+        example = (arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, dims, strict=True))
+        results.append(operator(*example))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
 def _empty(like: Tensor, *shape: Any, dtype: torch.dtype | None = None) -> Tensor:
