@@ -3,8 +3,7 @@
 Kernels are compared with this file, so it is written to be read. Matrices are two-dimensional here (N rows); results
 are float32, or float64 where an input is. Rows go through in blocks of a fixed size, the last one padded with zeros:
 a row then meets the same matrix product and the same reductions whatever else is in the call, so its result does not
-depend on the batch, bit for bit. (A matrix product with fewer than 16 rows takes other code paths in the BLAS and
-differs in the last bits.)
+depend on the batch, bit for bit (docs/notes/reference.md).
 """
 
 from __future__ import annotations
