@@ -289,6 +289,20 @@ def test_vocab_bce_against_torch(backend: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_ignored_rows_do_not_leak(backend: str) -> None:
+    hidden, weight, _ = head(6, 4, 11, torch.float32)
+    needs("linear_vocab_bce", hidden)
+    targets = torch.tensor([1, 2, -100, 3, -100, 4])
+    kept = targets != -100
+    shift = torch.randn(6)
+    weight.requires_grad_()
+    expected = F.linear_vocab_bce(hidden[kept], weight, targets[kept], shift=shift[kept])
+    hidden[~kept], shift[~kept] = torch.nan, torch.nan
+    got = F.linear_vocab_bce(hidden, weight, targets, shift=shift)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, weight), torch.autograd.grad(expected, weight))
+
+
 # --- probabilities that are stated, temperature
 
 

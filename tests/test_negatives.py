@@ -110,6 +110,13 @@ def test_one_token_nearly_certain_does_not_starve_the_others() -> None:
     assert_distribution(ids[:, 1:], expected)
 
 
+def test_negatives_far_below_the_dominant_tokens_are_found() -> None:
+    logits = torch.tensor([900.0, 0.0, 1.0, 2.0])
+    sampler = NegativeSampler(("softmax",), num_negatives=2, exclude=DominantRule.jump("first"))
+    ids = draw(sampler, logits, 3, 4000)
+    assert_distribution(ids, without_replacement(torch.tensor([0.0, 1.0, 1.6487, 0.0]), 2))
+
+
 @pytest.mark.parametrize("combination", ["independent", "mixture", "product"])
 def test_never_the_target_never_dominant_never_twice(combination: Any) -> None:
     logits = torch.randn(200, 400) * torch.linspace(0.5, 5.0, 200)[:, None]

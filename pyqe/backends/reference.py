@@ -424,8 +424,10 @@ def _sample_rows(
     allowed = ~maximum.isnan()[:, None] & ~_mark(logits, excluded)
 
     def weights_of(source: str) -> Tensor:
-        if source == "softmax":
-            weights = torch.exp((logits - maximum[:, None]) / temperature)
+        if source == "softmax":  # relative to the best token allowed, far below the dominant ones as it may be
+            candidates = torch.where(allowed, logits, -torch.inf)
+            best = candidates.amax(1, keepdim=True).nan_to_num(neginf=0.0)
+            weights = torch.exp((candidates - best) / temperature)
         elif source == "unigram":
             assert unigram_counts is not None
             weights = unigram_counts.to(logits.dtype).expand_as(logits)
@@ -509,7 +511,7 @@ def linear_vocab_bce(
         ``sum_n row_weights_n * loss_n``, losses [N], and the gradients of that sum in hidden [N, D], weight [V, D],
         bias [V], scale [N] and shift [N]; empty where not asked for or the argument is None.
     """
-    check_ids("targets", targets, weight.shape[0])
+    _check_optional_ids(weight.shape[0], targets=targets, exclude=exclude_ids)
     dtype = compute_dtype(hidden, weight, bias)
     wide_weight = weight.to(dtype)
     total_grad_weight = torch.zeros_like(weight, dtype=dtype) if grad_weight else None

@@ -130,6 +130,11 @@ def count_excluded(exclude_ids: Tensor, targets: Tensor) -> Tensor:
     return ((ids >= 0) & first).sum(1)
 
 
+def _kept_rows(value: Tensor | float | None, kept: Tensor, rows: torch.Size, like: Tensor, name: str) -> Tensor | None:
+    numbers = per_row(value, rows, like, name)
+    return None if numbers is None else numbers.masked_fill(~kept, 0.0)
+
+
 def linear_vocab_bce(
     hidden: Tensor,
     weight: Tensor,
@@ -190,6 +195,7 @@ def linear_vocab_bce(
     flat = targets.reshape(-1)
     kept = flat != ignore_index
     flat = flat.masked_fill(~kept, -1)
+    matrix = matrix.masked_fill(~kept[:, None], 0.0)  # zero weight alone would not stop a NaN
     row_weights = kept.to(compute_dtype(matrix))
     if weights is not None:
         row_weights = row_weights * weights.reshape(-1)
@@ -202,8 +208,8 @@ def linear_vocab_bce(
         matrix,
         weight,
         bias,
-        per_row(scale, rows, matrix, "scale"),
-        per_row(shift, rows, matrix, "shift"),
+        _kept_rows(scale, kept, rows, matrix, "scale"),
+        _kept_rows(shift, kept, rows, matrix, "shift"),
         flat,
         exclude_ids,
         row_weights,

@@ -70,6 +70,8 @@ def temperature_scale(probs: Tensor, temperature: Tensor | float, *, eps: float 
 def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor | float = 1.0) -> TemperatureNLL:
     r"""Mean NLL of :math:`\mathrm{softmax}(\beta z)` and its first two derivatives in :math:`\beta = 1/T`, in one pass.
 
+    One row with NaN makes all three NaN; mask such rows before.
+
     Args:
         logits: [..., C].
         labels: int64 [...], or probabilities [..., C] (soft labels).
