@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import pyqe
-from pyqe.demo_texts import MARKED_SENTENCES, PROMPTS, unmark
+from pyqe.demo_texts import CONTEXT, MARKED_SENTENCES, PROMPTS, unmark
 from pyqe.scored import ScoredText
 
 if TYPE_CHECKING:
@@ -148,11 +148,12 @@ def train_head(model: Any, tokenizer: Any, folder: Path, say: Say) -> SigmoidHea
 
 
 def score_sentences(estimator: pyqe.QualityEstimator) -> list[dict[str, Any]]:
-    """The demo's sentences with scores; the spans of planted errors under "errors"."""
+    """The demo's sentences with scores, each read after CONTEXT; the spans of planted errors under "errors"."""
     texts, spans = zip(*map(unmark, MARKED_SENTENCES), strict=True)
-    scored = estimator.score(texts)
+    scored = estimator.score(texts, [CONTEXT] * len(texts))
     return [
-        {**result.to_dict(), "errors": [list(s) for s in errors]} for result, errors in zip(scored, spans, strict=True)
+        {**result.to_dict(), "prompt": None, "errors": [list(span) for span in errors]}
+        for result, errors in zip(scored, spans, strict=True)
     ]
 
 
@@ -242,6 +243,7 @@ def run(output: Path, *, retrain: bool, say: Say) -> None:
         "Sigmoid Head": f"{head.config.kind}, rank {head.config.rank}",
         "Trained on": f"{training.get('tokens', 0):,} tokens of Python's documentation",
         "Held-out loss": str(training.get("held_out_loss")),
+        "Sentences read after": CONTEXT.strip(),
         "Date": date.today().isoformat(),
         "pyqe": pyqe.__version__,
     }

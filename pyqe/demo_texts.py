@@ -23,6 +23,8 @@ MARKED_SENTENCES = (
     "I am looking forward to [meet] you next week in the office.",
 )
 
+CONTEXT = "Here are some sentences in English.\n"  # before each sentence, so that its first words are no surprise
+
 PROMPTS = (
     "What is the capital of France, and what is it known for? Answer in two sentences.",
     "Name three fruits that are red.",
