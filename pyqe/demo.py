@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyqe.heads import SigmoidHead
 
 LM_NAME = "SmolLM2-135M-Instruct"
-TOKENS, BLOCK_SIZE, RANK, EPOCHS, LEARNING_RATE = 24_000, 256, 32, 3, 1e-3
+TOKENS, BLOCK_SIZE, RANK, EPOCHS, LEARNING_RATE = 16_000, 256, 32, 3, 1e-3
 SHOWN = ("prob", "entropy", "boosted_prob", "quality")
 
 Say = Callable[[str], None]
@@ -100,6 +100,7 @@ def training_texts() -> list[str]:
 def train_head(model: Any, tokenizer: Any, folder: Path, say: Say) -> SigmoidHead:
     """Train a low-rank head and save it; says how the held-out loss fell."""
     from tqdm import tqdm
+    from transformers import PrinterCallback
 
     from pyqe.training import HiddenStateDataset, SigmoidHeadTrainer, SigmoidHeadTrainingArguments, TextDataset
     from pyqe.training.trainer import LossBar
@@ -132,6 +133,7 @@ def train_head(model: Any, tokenizer: Any, folder: Path, say: Say) -> SigmoidHea
             eval_dataset=held_out,
             callbacks=[LossBar()],
         )
+        trainer.remove_callback(PrinterCallback)  # the bar shows the losses
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
