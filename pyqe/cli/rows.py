@@ -1,105 +1,207 @@
-"""Rows in and rows out: JSON lines, plain text and TSV, one bad line never taking the others along."""
+"""Rows in: JSON lines, plain text and TSV, one bad line never taking the others along."""
 
 from __future__ import annotations
 
+import codecs
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal
-
-import click
+from typing import IO, Any, Literal, NoReturn
 
 Format = Literal["jsonl", "text", "tsv"]
 FORMATS: tuple[Format, ...] = ("jsonl", "text", "tsv")
-_SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".tsv": "tsv"}
-_SIGNALS = ("quality", "prob", "max_prob", "entropy", "boosted_prob")
+_SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".tsv": "tsv",
+    ".txt": "text",
+}
+
+Check = Callable[[dict[str, Any]], str | None]
+"""What is wrong with a row's fields, or None."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """One input row: its fields, or why it cannot be used."""
+    """One input row: its fields, or why there is nothing to do with it.
+
+    Attributes:
+        line: its number in the input, from 1.
+        fields: what it holds; nothing where it cannot be read.
+        status: "ok", "empty" (a blank line) or "failed".
+        reason: why it is not "ok".
+    """
 
     line: int
     fields: dict[str, Any] = field(default_factory=dict)
-    problem: str | None = None
+    status: Literal["ok", "empty", "failed"] = "ok"
+    reason: str | None = None
 
 
-class BadRowError(click.ClickException):
+class BadRowError(ValueError):
     """A bad row under ``--strict``."""
 
-    exit_code = 1
 
-
-def input_format(path: str, chosen: str) -> Format:
-    """The chosen format, or what the file's name says; plain text if it says nothing."""
-    return chosen if chosen != "auto" else _SUFFIXES.get(Path(path).suffix.lower(), "text")  # type: ignore[return-value]
-
-
-def read_rows(path: str, form: Format, required: str, types: tuple[type, ...] = (str,)) -> Iterator[Row]:
-    """Rows of a file ('-' is stdin).
+def read_rows(path: str, form: str, name: str, check: Check) -> Iterator[Row]:
+    """Rows of a file ('-' is stdin), which is opened at once.
 
     Args:
         path: where from.
-        form: "jsonl" (an object a line), "text" (the required field) or "tsv" (``prompt TAB text``).
-        required: the field that a row must have.
-        types: what that field may be.
+        form: "jsonl" (an object a line), "text" (the field ``name``), "tsv" (``prompt TAB text``) or "auto": by the
+            path's suffix, and where that says nothing JSON lines if the first line that is not blank starts with "{".
+        name: the field that a line of plain text is.
+        check: what is wrong with a row.
 
     Raises:
         OSError: the file cannot be read.
+        ValueError: TSV where there is no target.
     """
-    with ExitStack() as stack:
-        stream = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
-        for line, raw in enumerate(stream, 1):
-            try:
-                fields = _parse(raw.rstrip(b"\r\n").decode("utf-8"), form, required)
-            except UnicodeDecodeError as error:
-                yield Row(line, problem=f"invalid UTF-8 at byte {error.start + 1}")
-            except ValueError as error:
-                yield Row(line, problem=str(error))
-            else:
-                yield Row(line, fields, _check(fields, required, types))
+    if form == "auto":
+        form = _SUFFIXES.get(Path(path).suffix.lower(), "auto")
+    if form == "tsv" and name != "text":
+        raise ValueError(f"{path}: TSV is source TAB target, and there is no target here; --from tells another format")
+    source: AbstractContextManager[IO[bytes]]
+    source = nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")  # noqa: SIM115  # closed by _rows
+    return _rows(source, form, name, check)
 
 
-def _parse(text: str, form: Format, required: str) -> dict[str, Any]:
+def _rows(source: AbstractContextManager[IO[bytes]], form: str, name: str, check: Check) -> Iterator[Row]:
+    with source as stream:
+        lines: Iterable[bytes] = stream
+        if form == "auto":
+            form, lines = _recognised(stream)
+        for number, raw in enumerate(lines, 1):
+            raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+            yield _row(number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, form, name, check)
+
+
+def _recognised(stream: Iterable[bytes]) -> tuple[Format, Iterable[bytes]]:
+    """The format that the first line which is not blank shows, and all lines."""
+    read = []
+    for raw in stream:
+        read.append(raw)
+        if raw.strip():
+            break
+    first = read[-1].removeprefix(codecs.BOM_UTF8).lstrip() if read else b""
+    return "jsonl" if first.startswith(b"{") else "text", chain(read, stream)
+
+
+def _row(number: int, raw: bytes, form: str, name: str, check: Check) -> Row:
+    fields: dict[str, Any] = {}
+    try:
+        text = raw.decode("utf-8")
+        if not (text.strip() if form == "jsonl" else text):
+            return Row(number, status="empty", reason="empty line")
+        fields = _parse(text, form, name)
+        reason = check(fields)
+    except UnicodeDecodeError as error:
+        reason = f"invalid UTF-8 at byte {error.start + 1}"
+    except ValueError as error:
+        reason = str(error)
+    return Row(number, fields) if reason is None else Row(number, fields, "failed", reason)
+
+
+def _parse(text: str, form: str, name: str) -> dict[str, Any]:
     if form == "text":
-        return {required: text}
+        return {name: text}
     if form == "tsv":
         cells = text.split("\t")
         if len(cells) != 2:
             raise ValueError(f"expected source TAB target, got {len(cells)} columns")
         return {"prompt": cells[0], "text": cells[1]}
     try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
+        fields = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"expected a JSON object, got {type(fields).__name__}")  # noqa: TRY004
+    if "\\ud" in text.lower():
+        _check_surrogates(fields)
     return fields
 
 
-def _check(fields: dict[str, Any], required: str, types: tuple[type, ...]) -> str | None:
-    if required not in fields:
-        return f"expected a field {required!r}, got {', '.join(map(repr, fields)) or 'none'}"
-    if not isinstance(fields[required], types):
-        names = " or ".join(kind.__name__ for kind in types)
-        return f"{required}: expected {names}, got {type(fields[required]).__name__}"
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _check_surrogates(fields: dict[str, Any]) -> None:
+    """JSON can escape half a character, which no tokenizer takes and no UTF-8 file can hold."""
+    try:
+        json.dumps(fields, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("a string holds half of a surrogate pair") from error
+
+
+def check_text(fields: dict[str, Any]) -> str | None:
+    """What is wrong with a row that needs "text" and may have "prompt", or None."""
+    if "text" not in fields:
+        return _missing("text", fields)
+    if not isinstance(fields["text"], str):
+        return f"text: expected a string, got {_kind(fields['text'])}"
+    return None if fields.get("prompt") is None else check_prompt(fields)
+
+
+def check_prompt(fields: dict[str, Any]) -> str | None:
+    """What is wrong with a row that needs "prompt", or None."""
+    if "prompt" not in fields:
+        return _missing("prompt", fields)
+    prompt = fields["prompt"]
+    if isinstance(prompt, str):
+        return None
+    if not isinstance(prompt, list) or not prompt:
+        return f"prompt: expected a string or a list of messages, got {_kind(prompt)}"
+    for number, message in enumerate(prompt, 1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            return f'prompt: expected {{"role": text, "content": text}}, got another thing as message {number}'
     return None
 
 
-def complain(row: Row, strict: bool) -> None:
+def check_chat(tokenizer: Any, prompt: Any) -> str | None:
+    """Why the tokenizer cannot make a prompt of chat messages, or None."""
+    if isinstance(prompt, str):
+        return None
+    if not getattr(tokenizer, "chat_template", None):
+        return "prompt: the model has no chat template for messages"
+    from jinja2 import TemplateError
+
+    try:
+        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError, TypeError, LookupError) as error:
+        return f"prompt: the model's chat template refuses it: {error}"
+    return None
+
+
+def _missing(name: str, fields: dict[str, Any]) -> str:
+    return f"expected a field {name!r}, got {', '.join(map(repr, fields)) or 'no fields'}"
+
+
+def _kind(value: Any) -> str:
+    """A JSON value's type in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    names = {bool: "true or false", int: "a number", float: "a number", dict: "an object", str: "a string"}
+    return names[type(value)]
+
+
+def complain(line: int, reason: str | None, strict: bool) -> None:
     """Say on stderr that a row is bad.
 
     Raises:
         BadRowError: with ``strict``.
     """
-    message = f"line {row.line}: {row.problem}"
+    from tqdm import tqdm
+
+    message = f"line {line}: {reason}"
     if strict:
         raise BadRowError(message)
-    click.echo(f"pyqe: {message}", err=True)
+    tqdm.write(f"pyqe: {message}", file=sys.stderr)  # above a progress bar, if there is one
 
 
 def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -112,80 +214,3 @@ def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
             chunk = []
     if chunk:
         yield chunk
-
-
-class Output:
-    """Where result rows go: stdout, or a file that is renamed from ``NAME.partial`` when everything is written.
-
-    With ``resume`` the rows that are in ``NAME.partial`` already are kept, and :attr:`done` counts them.
-    """
-
-    def __init__(self, path: str, form: Format, *, resume: bool) -> None:
-        self.form = form
-        self.done = 0
-        self.last: dict[str, Any] | None = None
-        self._target = None if path == "-" or _is_special(path) else Path(path)
-        self._partial = None if self._target is None else self._target.with_name(self._target.name + ".partial")
-        if resume and (self._partial is None or form != "jsonl"):
-            raise click.UsageError("--resume needs a JSON lines --output file")
-        if resume and self._partial is not None and self._partial.exists():
-            self._keep_whole_rows(self._partial)
-        self._stream: IO[str] = sys.stdout
-        if path != "-":
-            mode = "a" if self.done else "w"
-            self._stream = (self._partial or Path(path)).open(mode, encoding="utf-8", newline="\n")
-        self._header_due = form == "tsv"
-
-    def _keep_whole_rows(self, partial: Path) -> None:
-        """Count the rows of an interrupted run and cut off one that was not finished."""
-        size = 0
-        with partial.open("rb") as stream:
-            for raw in stream:
-                if not raw.endswith(b"\n"):
-                    break
-                self.last = json.loads(raw)
-                self.done, size = self.done + 1, size + len(raw)
-        os.truncate(partial, size)
-
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write rows and flush them.
-
-        Raises:
-            OSError: the disk is full, for example.
-        """
-        for row in rows:
-            self._stream.write(self._render(row))
-        self._stream.flush()
-
-    def _render(self, row: dict[str, Any]) -> str:
-        if self.form == "jsonl":
-            return json.dumps(row, ensure_ascii=False) + "\n"
-        if self.form == "text":
-            return "nan\n" if row.get("quality") is None else f"{row['quality']:.6f}\n"
-        signals = [signal for signal in _SIGNALS if row.get(f"token_{signal}") is not None]
-        lines = []
-        if self._header_due and signals:
-            lines.append("\t".join(["line", "token", *signals]))
-            self._header_due = False
-        for i, token in enumerate(row.get("tokens", ())):
-            scores = [row[f"token_{signal}"][i] for signal in signals]
-            shown = json.dumps(token, ensure_ascii=False)[1:-1]  # tabs and newlines escaped
-            lines.append("\t".join([str(row["line"]), shown, *("nan" if s is None else f"{s:.6g}" for s in scores)]))
-        return "".join(line + "\n" for line in lines)
-
-    def finish(self) -> None:
-        """Give the file its name."""
-        if self._stream is not sys.stdout:
-            self._stream.close()
-        if self._partial is not None and self._target is not None:
-            os.replace(self._partial, self._target)
-
-    def abandon(self) -> None:
-        """Close the file; what is written stays in ``NAME.partial``."""
-        if self._stream is not sys.stdout:
-            self._stream.close()
-
-
-def _is_special(path: str) -> bool:
-    """Whether the path is a device or a pipe, which cannot be renamed to."""
-    return os.path.exists(path) and not os.path.isfile(path)

@@ -7,66 +7,68 @@ from typing import Any
 
 import click
 
-from pyqe.cli.options import config_option, estimator_options, load_estimator, split_signals
-from pyqe.cli.pipeline import io_options, run
-from pyqe.cli.rows import Row
+from pyqe.cli.options import EstimatorOptions, config_option, estimator_options
+from pyqe.cli.pipeline import Fields, Streams, Task, run, stream_options
+from pyqe.cli.rows import BadRowError, Row, check_chat, check_text
 
 
 @click.command("score")
-@io_options
+@stream_options("jsonl", "text", "tsv")
 @estimator_options
 @click.option("--max-length", type=click.IntRange(2), help="Tokens in a window; default the model's context.")
 @click.option("--overlap", type=click.IntRange(0), help="Tokens that windows of a long text share; default half.")
 @config_option
-def command(
-    source: str,
-    output: str,
-    input_form: str,
-    output_form: str,
-    strict: bool,
-    resume: bool,
-    model_name: str,
-    dtype: str,
-    device: str,
-    head_name: str | None,
-    signals: str | None,
-    batch_size: int,
-    max_length: int | None,
-    overlap: int | None,
-) -> None:
+def command(streams: Streams, chosen: EstimatorOptions, max_length: int | None, overlap: int | None) -> None:
     """Score every token of the texts in INPUT (default stdin).
 
-    A JSON line needs "text" and may have "prompt"; its other fields are passed through. A line of plain text is a text,
-    a TSV line is source TAB target (the source becomes the prompt, or the encoder's input).
+    A JSON line needs "text" and may have "prompt", a text or a list of chat messages; its other fields are passed
+    through, unless a result has their name. A line of plain text is a text, a TSV line is source TAB target (the source
+    becomes the prompt, or the encoder's input). Each row gives one output row, in order, with the input's line number
+    as "line"; a blank line has status "empty", a bad one "failed", with the reason.
 
     \b
-    echo "The cat sat on the mat." | pyqe score -m smollm2 --to tsv
     pyqe score texts.jsonl -m smollm2 --head head -o scores.jsonl
+    echo "The cat sat on the mat." | pyqe score -m smollm2 --to tsv
     """
-    estimator = load_estimator(model_name, head_name, dtype, device)
-    chosen = split_signals(signals)
+    if streams.output_form == "text":
+        chosen.require_quality("--to text")
+    limits = {"max_length": max_length, "overlap": overlap}
+    fields = Fields("text", ("text", "prompt"), check_text)
+    run(streams, fields, chosen.batch_size, lambda: _task(chosen, limits, streams.strict))
+
+
+def _task(chosen: EstimatorOptions, limits: dict[str, int | None], strict: bool) -> Task:
+    estimator = chosen.estimator()
+    is_seq2seq = estimator.model.config.is_encoder_decoder
+    options: dict[str, Any] = {"signals": chosen.signals, "batch_size": chosen.batch_size, **limits}
+
+    def check(fields: dict[str, Any]) -> str | None:
+        if fields.get("prompt") is None:
+            return "prompt: expected the source, as the model is an encoder-decoder" if is_seq2seq else None
+        return check_chat(estimator.tokenizer, fields["prompt"])
+
+    def score(rows: Sequence[Row], **more: Any) -> Any:
+        texts, prompts = zip(*((row.fields["text"], row.fields.get("prompt")) for row in rows), strict=True)
+        return estimator.score(texts, prompts, **options, **more)
 
     def work(rows: Sequence[Row], on_progress: Callable[[int], object]) -> list[list[dict[str, Any]]]:
-        scored = estimator.score(
-            [row.fields["text"] for row in rows],
-            [row.fields.get("prompt") for row in rows],
-            signals=chosen,
-            batch_size=batch_size,
-            max_length=max_length,
-            overlap=overlap,
-            strict=strict,
-            on_progress=on_progress,
-        )
-        return [[result.to_dict()] for result in scored]
+        from pyqe.estimator import TextTooLongError
 
-    run(
-        work,
-        source=source,
-        output=output,
-        input_form=input_form,
-        output_form=output_form,
-        strict=strict,
-        resume=resume,
-        batch_size=batch_size,
-        required="text",
-    )
+        try:
+            return [[result.to_dict()] for result in score(rows, strict=strict, on_progress=on_progress)]
+        except TextTooLongError as error:  # it names the text by its place in the chunk
+            raise _first_too_long(rows, score) from error
+
+    return Task(check, work)
+
+
+def _first_too_long(rows: Sequence[Row], score: Callable[..., Any]) -> BadRowError:
+    """The error for the row that does not fit."""
+    from pyqe.estimator import TextTooLongError
+
+    for row in rows:
+        try:
+            score([row], strict=True)
+        except TextTooLongError as error:
+            return BadRowError(f"line {row.line}: {str(error).partition(': ')[2]}")
+    raise AssertionError("unreachable: some row does not fit")
