@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
 from pyqe.cli.options import config_option
-from pyqe.cli.output import is_special
 from pyqe.cli.rows import Row, check_prompt, complain, read_rows
 
 
@@ -78,10 +76,8 @@ def _write(page: bytes, output: str) -> None:
     if output == "-":
         sys.stdout.buffer.write(page)
         sys.stdout.buffer.flush()
-    elif is_special(output):
-        Path(output).write_bytes(page)
     else:
-        with atomic_path(Path(output).resolve()) as path:
+        with atomic_path(output) as path:
             path.write_bytes(page)
 
 

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+
+from pyqe._files import atomic_path
 
 COLOURS = 10  # classes q0 (worst) to q9 (best) of report.css
 BINS = 20  # of the histogram
@@ -218,15 +219,8 @@ def write_report(
     '<!doctype html>'
     """
     page = render_report(texts, title=title, summary=summary, tables=tables, worst=worst)
-    target = Path(path)
-    # Not tempfile: its files are readable by their owner alone, and so would the report be.
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
 # Checking ---------------------------------------------------------------------------------------------------
