@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -57,9 +57,15 @@ def _round_up(length: int) -> int:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[str, bool]:
-    """A prompt as text, and whether it came from chat messages (which bring their own special tokens)."""
+    """A prompt as text, and whether it came from chat messages (which bring their own special tokens).
+
+    Raises:
+        TypeError: neither a string nor a list of messages.
+    """
     if isinstance(prompt, str):
         return prompt, False
+    if not isinstance(prompt, Sequence) or not all(isinstance(message, Mapping) for message in prompt):
+        raise TypeError(f"prompt: expected a string or a list of chat messages, got {prompt!r:.80}")
     return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True), True
 
 
@@ -80,31 +86,38 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, prompt: Prompt | None,
         prompt: text, chat messages or None.
         is_target: whether the text is a translation (encoder-decoder), for tokenizers with two vocabularies.
     """
-    name = "text_target" if is_target else "text"
-    options: dict[str, Any] = {name: text, "add_special_tokens": False}
+    options: dict[str, Any] = {"text_target" if is_target else "text": text, "add_special_tokens": False}
     if tokenizer.is_fast:
         encoding = tokenizer(**options, return_offsets_mapping=True)
         ids, offsets = list(encoding["input_ids"]), [tuple(span) for span in encoding["offset_mapping"]]
     else:
         ids = list(tokenizer(**options)["input_ids"])
-        offsets = locate(text, pieces(tokenizer, ids))
+        offsets = locate(text, pieces(tokenizer, ids, skip_special_tokens=False))
     shown, before = prompt_ids(tokenizer, prompt)
     return Encoded(text, shown, before, ids, offsets)
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+def target_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special tokens that the tokenizer of an encoder-decoder puts before a target (Bart's BOS, NLLB's language)."""
+    ids = list(tokenizer(text_target="")["input_ids"])
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def pieces(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, skip_special_tokens: bool = True
+) -> list[str | None]:
     """What each token adds to the decoded text; their concatenation is the text.
 
-    A character whose bytes are spread over tokens belongs to the last of them, the others add "". Decoding starts a
+    A character whose bytes are spread over tokens belongs to the last of them, the others have None. Decoding starts a
     few tokens back at a place where characters are whole, which keeps it linear in the number of tokens.
     """
-    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    result: list[str] = []
+    decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    result: list[str | None] = []
     start, done = 0, 0
     for i in range(len(token_ids)):
         before, upto = decode(token_ids[start:done]), decode(token_ids[start : i + 1])
         if upto.endswith("\ufffd") and i + 1 < len(token_ids):
-            result.append("")
+            result.append(None)
             continue
         result.append(upto[len(before) :])
         if i + 1 - start > BUCKET and upto[len(before) :]:
@@ -113,41 +126,62 @@ def pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list
     return result
 
 
-def locate(text: str, parts: Iterable[str]) -> list[tuple[int, int]]:
-    """Character spans of consecutive pieces of a text; spaces that a tokenizer dropped or added are passed over."""
-    spans, position = [], 0
+def locate(text: str, parts: Sequence[str | None]) -> list[tuple[int, int]]:
+    """Character spans of consecutive pieces of a text; spaces that a tokenizer dropped or added are passed over.
+
+    Example:
+        >>> locate("a é", ["a", None, " é"])  # two tokens for one character share its span
+        [(0, 1), (1, 3), (1, 3)]
+    """
+    spans: list[tuple[int, int]] = []
+    position, waiting = 0, 0
     for part in parts:
-        found = text.find(part, position) if part else position
+        waiting += 1
+        if part is None:
+            continue
+        found = text.find(part, position)
         if found < 0:
             part = part.strip()
             found = max(text.find(part, position), position)
-        spans.append((found, min(found + len(part), len(text))))
-        position = spans[-1][1]
+        position = min(found + len(part), len(text))
+        spans += [(found, position)] * waiting
+        waiting = 0
     return spans
 
 
-def causal_windows(index: int, encoded: Encoded, context: int, bos: int | None, overlap: int) -> Iterator[Window]:
-    """Windows over the prompt (or BOS) and the text; all but the first see ``overlap`` tokens before what they score.
+def causal_windows(index: int, encoded: Encoded, context: int, overlap: int) -> Iterator[Window]:
+    """Windows of at most ``context`` tokens over the prompt and the text; neighbours share ``overlap`` of them.
 
-    A text without anything before it has no score for its first token.
+    A text without anything before it has no score for its first token. A prompt that leaves no room for the text is cut
+    on the left.
+
+    Args:
+        index: which text.
+        encoded: its tokens, and those before it.
+        context: >= 1.
+        overlap: in [0, context).
     """
-    before = encoded.prompt_ids or ([] if bos is None else [bos])
-    ids = [*before, *encoded.text_ids]
-    next_scored = max(len(before), 1)  # places in ids
-    start = 0
-    while next_scored < len(ids):
-        end = min(start + context + 1, len(ids))  # the last token is predicted, not read
-        if end > next_scored:
-            positions = range(next_scored - 1 - start, end - 1 - start)
-            yield Window(index, ids[start : end - 1], None, next_scored - len(before), positions, ids[next_scored:end])
-            next_scored = end
-        start = max(end - overlap, start + 1)
+    ids = [*encoded.prompt_ids, *encoded.text_ids]
+    prompt_length = len(encoded.prompt_ids)
+    scored = max(prompt_length, 1)  # the next place in ids to score
+    start = 0 if scored <= context else scored - 1 - overlap
+    while scored < len(ids):
+        end = min(start + context, len(ids) - 1)  # the last token is predicted, not read
+        yield Window(
+            index,
+            ids[start:end],
+            None,
+            scored - prompt_length,
+            range(scored - 1 - start, end - start),
+            ids[scored : end + 1],
+        )
+        start, scored = end - overlap, end + 1
 
 
-def decoder_window(index: int, encoded: Encoded, decoder_start: int) -> Window:
+def decoder_window(index: int, encoded: Encoded, start_ids: Sequence[int]) -> Window:
     """The one window of an encoder-decoder: prompt into the encoder, text shifted right into the decoder."""
-    ids = [decoder_start, *encoded.text_ids[:-1]]
-    return Window(index, ids, encoded.prompt_ids, 0, range(len(ids)), encoded.text_ids)
+    ids = [*start_ids, *encoded.text_ids[:-1]]
+    return Window(index, ids, encoded.prompt_ids, 0, range(len(start_ids) - 1, len(ids)), encoded.text_ids)
 
 
 def batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,18 @@ from pyqe import encoding
 from pyqe.dominant import DominantRule
 from pyqe.encoding import Encoded, Prompt, Window
 from pyqe.functional import SoftmaxStats
-from pyqe.generation import generated_hidden, generation_output, trim
+from pyqe.generation import (
+    FinishReason,
+    StopRecorder,
+    check_options,
+    check_steps,
+    generate_options,
+    generated_hidden,
+    option,
+    sequence_ends,
+    stop_ids,
+    trim,
+)
 from pyqe.heads import SigmoidHead
 from pyqe.lm_head import LMHead, capture_hidden, check_logits
 from pyqe.scored import SIGNALS, ScoredText, Signal
@@ -62,12 +73,11 @@ class QualityEstimator:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.lm_head = LMHead.from_model(model)
         self.rule = rule or DominantRule.jump("last")
         self.head = head
         if head is not None:
-            head.check_compatible(self.lm_head, tokenizer)
-            head.to(self.lm_head.weight.device)
+            head.check_compatible(LMHead.from_model(model), tokenizer)
+        self._read_lm_head()
         self._logits_checked = False
 
     # --- given text
@@ -95,46 +105,48 @@ class QualityEstimator:
             prompts: what came before each text (text or chat messages), or the source of an encoder-decoder.
             signals: some of "quality", "prob", "max_prob", "entropy", "boosted_prob"; default all that there are.
                 The quality of a full head alone takes one dot product a token; the others scan the vocabulary.
-            batch_size: texts in a forward pass.
+            batch_size: texts in a forward pass, >= 1.
             add_bos: put the tokenizer's BOS token, if it has one, before a text without a prompt. Otherwise its first
                 token has no context and no score.
-            max_length: tokens in a window; default the model's context.
-            overlap: tokens that two windows of a longer text share; default half a window.
-            strict: raise for texts longer than a window instead of taking several.
+            max_length: tokens in a window, prompt included; default (and at most) the model's context.
+            overlap: tokens that two windows of a longer text share, less than a window; default half of one. A prompt
+                that fills the window is cut to its last ``overlap + 1`` tokens.
+            strict: raise for texts that do not fit a window with their prompt, instead of taking several.
             on_progress: called with the number of tokens scored after each batch.
 
         Returns:
             one :class:`ScoredText` for each text, in order.
 
         Raises:
-            TypeError: texts is a string, or holds something else than strings.
-            ValueError: lengths differ, unknown signals, an encoder-decoder without prompts.
+            TypeError: texts is a string, or holds something else than strings; a prompt is no prompt.
+            ValueError: lengths differ, unknown signals, a number out of range, an encoder-decoder without prompts; the
+                model changes its logits in a way that is not known.
             TextTooLongError: with ``strict``.
         """
         chosen = self._signals(signals)
         prompts = self._check_texts(texts, prompts)
-        is_seq2seq = self.model.config.is_encoder_decoder
-        encoded = [
-            encoding.encode(self.tokenizer, text, prompt, is_target=is_seq2seq)
-            for text, prompt in zip(texts, prompts, strict=True)
-        ]
-        results = [self._result(item, chosen) for item in encoded]
+        _check_positive(batch_size=batch_size, max_length=max_length)
         context = min(max_length or self.context, self.context)
-        windows: list[Window] = []
-        for index, item in enumerate(encoded):
-            found = self._windows(index, item, results[index], context, overlap, add_bos)
-            if strict and (len(found) > 1 or results[index].status == "failed"):
-                raise TextTooLongError(f"text {index}: {len(item.text_ids)} tokens do not fit {context}")
-            windows += found
-        self._check_logits()
+        overlap = context // 2 if overlap is None else overlap
+        if not 0 <= overlap < context:
+            raise ValueError(f"overlap: expected a number in [0, {context}), got {overlap}")
+        encoded = [self._encode(text, prompt, add_bos) for text, prompt in zip(texts, prompts, strict=True)]
+        results = [self._result(item, chosen) for item in encoded]
+        windows = [self._windows(index, item, context, overlap, strict) for index, item in enumerate(encoded)]
         with self._inference():
-            for batch in encoding.batches(windows, batch_size):
+            for batch in encoding.batches([window for found in windows for window in found], batch_size):
                 hidden, targets = self._hidden_of(batch)
-                self._fill(results, batch, self._signals_of(hidden, targets, chosen))
+                places = ((results[window.index], window.first, len(window.targets)) for window in batch)
+                self._fill(places, self._signals_of(hidden, targets, chosen))
                 if on_progress is not None:
                     on_progress(sum(len(window.targets) for window in batch))
-        for result in results:
-            _conclude(result, chosen)
+        for item, result, found in zip(encoded, results, windows, strict=True):
+            if self._length(item) > context:
+                how = "no score" if not found else f"scored in {len(found)} windows"
+                _add_reason(result, f"longer than {context} tokens: {how if len(found) != 1 else 'the prompt is cut'}")
+            if item.text_ids and not item.prompt_ids:
+                _add_reason(result, "the first token has no context (no BOS token, no prompt)")
+            _conclude(result, chosen, found[0].first if found else len(item.text_ids))
         return results
 
     @property
@@ -179,56 +191,78 @@ class QualityEstimator:
             setattr(result, f"token_{signal}", np.full(len(item.text_ids), np.nan, dtype=np.float32))
         return result
 
-    def _windows(
-        self, index: int, item: Encoded, result: ScoredText, context: int, overlap: int | None, add_bos: bool
-    ) -> list[Window]:
-        if not item.text_ids:
-            return []
-        if self.model.config.is_encoder_decoder:
-            if max(len(item.text_ids), len(item.prompt_ids)) > context:
-                result.status, result.reason = "failed", f"longer than the model's context of {context} tokens"
-                return []
-            return [encoding.decoder_window(index, item, self._decoder_start())]
-        bos = self.tokenizer.bos_token_id if add_bos else None
-        overlap = context // 2 if overlap is None else overlap
-        if not 0 <= overlap < context:
-            raise ValueError(f"overlap: expected a number in [0, {context}), got {overlap}")
-        windows = list(encoding.causal_windows(index, item, context, bos, overlap))
-        if len(windows) > 1:
-            result.reason = f"longer than {context} tokens: scored in {len(windows)} windows"
-        return windows
+    def _encode(self, text: str, prompt: Prompt | None, add_bos: bool) -> Encoded:
+        """Tokens of a text and of what comes before it: the prompt, else BOS."""
+        is_seq2seq = self.model.config.is_encoder_decoder
+        item = encoding.encode(self.tokenizer, text, prompt, is_target=is_seq2seq)
+        if is_seq2seq and not item.prompt_ids:
+            item.prompt_ids = self._empty_prompt()
+        elif add_bos and not item.prompt_ids and self.tokenizer.bos_token_id is not None:
+            item.prompt_ids = [int(self.tokenizer.bos_token_id)]
+        return item
 
-    def _decoder_start(self) -> int:
+    def _empty_prompt(self) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        return [int(bos) if bos is not None else self._pad_id()]
+
+    def _length(self, item: Encoded) -> int:
+        """Tokens that the model has to read; the last one of a text is only predicted."""
+        if self.model.config.is_encoder_decoder:
+            return max(len(item.prompt_ids), len(self._decoder_start()) + len(item.text_ids) - 1)
+        return len(item.prompt_ids) + len(item.text_ids) - 1
+
+    def _windows(self, index: int, item: Encoded, context: int, overlap: int, strict: bool) -> list[Window]:
+        """The forward passes for a text; none where it is empty or too long for an encoder-decoder."""
+        length = self._length(item)
+        if strict and length > context:
+            raise TextTooLongError(f"text {index}: {length} tokens (prompt included) do not fit {context}")
+        if not self.model.config.is_encoder_decoder:
+            return list(encoding.causal_windows(index, item, context, overlap))
+        if not item.text_ids or length > context:
+            return []
+        return [encoding.decoder_window(index, item, self._decoder_start())]
+
+    def _decoder_start(self) -> list[int]:
+        """What the decoder reads before the text."""
         for config in (self.model.generation_config, self.model.config):
             start = getattr(config, "decoder_start_token_id", None)
             if start is not None:
-                return int(start)
+                return [int(start), *encoding.target_prefix(self.tokenizer)]
         raise ValueError("model: its config names no decoder_start_token_id")
 
-    def _check_logits(self) -> None:
-        if not self._logits_checked:
-            with self._inference():
-                check_logits(self.model, self.lm_head)
-            self._logits_checked = True
+    def _read_lm_head(self) -> None:
+        """Take the model's head as it is now: it may have been moved, cast or resized since the last call."""
+        self.lm_head = LMHead.from_model(self.model)
+        if self.head is not None:
+            self.head.check_compatible(self.lm_head)
+            self.head.to(self.lm_head.weight.device)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients; the model's mode is put back."""
-        was_training = self.model.training
+        """Evaluation mode without gradients; every module's mode is put back.
+
+        Not ``inference_mode``: buffers that a model renews while it runs (rotary frequencies) would
+        be unfit for training.
+        """
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
+                self._read_lm_head()
+                if not self._logits_checked:
+                    check_logits(self.model, self.lm_head)
+                    self._logits_checked = True
                 yield
         finally:
-            self.model.train(was_training)
+            for module in training:
+                module.training = True
 
     def _hidden_of(self, batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
         """Hidden states [M, D] that predict the batch's scored tokens, and those tokens [M]."""
         length, encoder_length = batch[0].bucket
         ids, mask = self._padded([window.input_ids for window in batch], length)
-        if batch[0].encoder_ids is None:
-            inputs = {"input_ids": ids, "attention_mask": mask}
-        else:
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.model.config.is_encoder_decoder:
             encoder_ids, encoder_mask = self._padded([window.encoder_ids or [] for window in batch], encoder_length)
             inputs = {
                 "input_ids": encoder_ids,
@@ -243,18 +277,22 @@ class QualityEstimator:
         targets = torch.tensor([token for window in batch for token in window.targets], device=hidden.device)
         return rows, targets
 
-    def _padded(self, rows: Sequence[list[int]], length: int) -> tuple[Tensor, Tensor]:
-        """Ids [B, L] padded on the right, and their mask."""
-        ids = torch.full((len(rows), length), self._pad_id(), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row, dtype=torch.int64), 1
+    def _padded(self, rows: Sequence[list[int]], length: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+        """Ids [B, L] padded on the right (or left), and their mask."""
+        padding = [[0] * (length - len(row)) for row in rows]
+        pad = self._pad_id()
+        ids, mask = [], []
+        for row, zeros in zip(rows, padding, strict=True):
+            pads, ones = [pad] * len(zeros), [1] * len(row)
+            ids.append(pads + row if left else row + pads)
+            mask.append(zeros + ones if left else ones + zeros)
         device = self.lm_head.weight.device
-        return ids.to(device), mask.to(device)
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+        """The tokenizer's padding, or another token where it has none or the model has no embedding for it."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(int(token) for token in ids if token is not None and token < self.lm_head.vocab_size)
 
     def _signals_of(self, hidden: Tensor, token_ids: Tensor, signals: Collection[Signal]) -> dict[Signal, np.ndarray]:
         """Scores [M] of each signal for the tokens [M] that the hidden states [M, D] predict."""
@@ -291,13 +329,12 @@ class QualityEstimator:
         valid = logits.isfinite() if stats is None else logits.isfinite() & stats.max_logprob.isfinite()
         return torch.sigmoid(logits).masked_fill(~valid, torch.nan)
 
-    def _fill(self, results: Sequence[ScoredText], batch: Sequence[Window], scores: dict[Signal, np.ndarray]) -> None:
+    def _fill(self, places: Iterable[tuple[ScoredText, int, int]], scores: dict[Signal, np.ndarray]) -> None:
+        """Put scores [M] into their texts: a text, its first token scored and how many, one after the other."""
         start = 0
-        for window in batch:
-            count = len(window.targets)
+        for result, first, count in places:
             for signal, values in scores.items():
-                row = getattr(results[window.index], f"token_{signal}")
-                row[window.first : window.first + count] = values[start : start + count]
+                getattr(result, f"token_{signal}")[first : first + count] = values[start : start + count]
             start += count
 
     # --- generated text
@@ -333,12 +370,10 @@ class QualityEstimator:
             NotImplementedError: a decoding method whose steps are not one forward pass a token (assisted generation).
         """
         chosen = self._signals(signals)
+        _check_positive(batch_size=batch_size)
         if isinstance(prompts, str):
             raise TypeError("prompts: expected a list of prompts, got one string")
-        given = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids"} & set(generate_kwargs)
-        if given:
-            raise TypeError(f"generate: {', '.join(sorted(given))} come from prompts and cannot be given")
-        self._check_logits()
+        check_options(self.model, generate_kwargs)
         results: list[ScoredText] = []
         with self._inference():
             for start in range(0, len(prompts), batch_size):
@@ -349,42 +384,53 @@ class QualityEstimator:
         return results
 
     def _generate_batch(
-        self, prompts: Sequence[Prompt], signals: tuple[Signal, ...], generate_kwargs: dict[str, Any]
+        self, prompts: Sequence[Prompt], signals: tuple[Signal, ...], options: dict[str, Any]
     ) -> list[ScoredText]:
+        is_seq2seq = self.model.config.is_encoder_decoder
         encoded = [encoding.prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         rows = [ids or self._empty_prompt() for _, ids in encoded]
-        length = max(map(len, rows))
-        ids, mask = self._padded([row[::-1] for row in rows], length)
-        options = {"pad_token_id": self._pad_id(), **generate_kwargs, "return_dict_in_generate": True}
+        ids, mask = self._padded(rows, max(map(len, rows)), left=not is_seq2seq)
+        recorder = StopRecorder(self.model, self.tokenizer, options)
         with capture_hidden(self.model, skip_logits=False, last_only=True) as captured:
-            output = self.model.generate(input_ids=ids.flip(1), attention_mask=mask.flip(1), **options)
-        sequences = generation_output(self.model, output, length, captured)
-        stop_ids = _stop_ids(self.model, generate_kwargs)
-        kept, reasons = trim(sequences, stop_ids, options["pad_token_id"])
-        hidden = generated_hidden(output, captured, [len(row) for row in kept])
-        results = []
-        for i, (row, reason) in enumerate(zip(kept, reasons, strict=True)):
-            results.append(self._generated(row, encoded[i * len(encoded) // len(kept)][0], signals, reason))
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                **{"tokenizer": self.tokenizer}  # for stop strings
+                | generate_options(options, recorder, pad_token_id=self._pad_id(), return_dict_in_generate=True),
+            )
+        start = 1 if is_seq2seq else ids.shape[1]
+        check_steps(output, start, captured)
+        ends = sequence_ends(output, start, recorder)
+        kept, reasons = trim(output.sequences[:, start:].tolist(), ends, stop_ids(self.model, options))
+        forced = option(self.model, options, "forced_bos_token_id") if is_seq2seq else None
+        spans = [range(int(bool(row) and row[0] == forced), len(row)) for row in kept]
+        kept = [row[span.start :] for row, span in zip(kept, spans, strict=True)]
+        hidden = generated_hidden(output, captured, spans)
+        results = [
+            self._generated(row, encoded[i * len(encoded) // len(kept)][0], signals, reasons[i])
+            for i, row in enumerate(kept)
+        ]
         token_ids = torch.tensor([token for row in kept for token in row], dtype=torch.int64, device=hidden.device)
-        scores = self._signals_of(hidden, token_ids, signals)
-        windows = [Window(i, [], None, 0, range(0), row) for i, row in enumerate(kept)]
-        self._fill(results, windows, scores)
+        places = ((result, 0, len(result.token_ids)) for result in results)
+        self._fill(places, self._signals_of(hidden, token_ids, signals))
         for result in results:
-            _conclude(result, signals)
+            _conclude(result, signals, 0)
         return results
 
-    def _empty_prompt(self) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        return [int(bos) if bos is not None else self._pad_id()]
-
     def _generated(
-        self, token_ids: list[int], prompt: str | None, signals: Collection[Signal], finish_reason: Any
+        self, token_ids: list[int], prompt: str | None, signals: Collection[Signal], finish_reason: FinishReason
     ) -> ScoredText:
         parts = encoding.pieces(self.tokenizer, token_ids)
-        text = "".join(parts)
+        text = "".join(part for part in parts if part is not None)
         result = self._result(Encoded(text, prompt, [], token_ids, encoding.locate(text, parts)), signals)
         result.finish_reason = finish_reason
         return result
+
+
+def _check_positive(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {number}")
 
 
 def _softmax_signals(stats: SoftmaxStats, token_ids: Tensor, signals: Collection[Signal]) -> dict[str, Tensor]:
@@ -399,25 +445,18 @@ def _softmax_signals(stats: SoftmaxStats, token_ids: Tensor, signals: Collection
     return scores
 
 
-def _stop_ids(model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> list[int]:
-    """Every EOS id that this generation honours."""
-    config = generate_kwargs.get("generation_config") or model.generation_config
-    stop = generate_kwargs.get("eos_token_id", config.eos_token_id)
-    if stop is None:
-        return []
-    return [int(token) for token in torch.as_tensor(stop).reshape(-1)]
+def _add_reason(result: ScoredText, reason: str) -> None:
+    result.reason = reason if result.reason is None else f"{result.reason}; {reason}"
 
 
-def _conclude(result: ScoredText, signals: Collection[Signal]) -> None:
-    """Set the status from the scores that are there."""
+def _conclude(result: ScoredText, signals: Collection[Signal], first: int) -> None:
+    """Set the status from the scores that are there; those of the tokens from ``first`` on should be."""
     if not result.token_ids:
-        result.status, result.reason = "empty", result.reason or "no tokens"
+        result.status = "empty"
+        _add_reason(result, "no tokens")
         return
     missing = np.any([np.isnan(getattr(result, f"token_{signal}")) for signal in signals], axis=0)
-    if not missing.any() or result.status == "failed":
-        return
-    result.status = "failed" if missing.all() else "partial"
-    if missing.sum() == 1 and missing[0]:
-        result.reason = "the first token has no context (no BOS token, no prompt)"
-    else:
-        result.reason = f"logits that are not finite at {missing.sum()} of {len(missing)} tokens"
+    if missing.any():
+        result.status = "failed" if missing.all() else "partial"
+    if missing[first:].any():
+        _add_reason(result, f"logits that are not finite at {missing[first:].sum()} of {len(missing)} tokens")

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -51,6 +51,9 @@ class HeadConfig:
         tokenizer_fingerprint: see :func:`tokenizer_fingerprint`.
         training: the recipe, free form.
         pyqe_version: that wrote it.
+
+    Raises:
+        ValueError: a field has no sensible value, or does not go with the kind.
     """
 
     kind: Kind
@@ -65,6 +68,21 @@ class HeadConfig:
     tokenizer_fingerprint: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
     pyqe_version: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in tuple(_KINDS):
+            raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {self.kind!r}")
+        bases = (None,) if self.kind == "full" else tuple(_START)
+        if self.base not in bases:
+            raise ValueError(f"base: expected one of {bases} for kind {self.kind!r}, got {self.base!r}")
+        for name in ("vocab_size", "hidden_size", *(["rank"] if self.kind == "low_rank" else [])):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        for name in ("scale", "shift"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 @dataclass
@@ -245,26 +263,30 @@ class SigmoidHead(nn.Module, ABC):
         """Write ``model.safetensors``, ``config.json`` and a model card to a folder, which is made if missing.
 
         Raises:
-            OSError: the folder cannot be written; files that were there stay whole.
+            OSError: the folder cannot be written; files that were there stay as they were.
+            ValueError: scale or shift is not finite, as after a training that diverged.
         """
         path = Path(folder)
+        self.config = replace(
+            self.config, scale=self.scale.item(), shift=self.shift.item(), pyqe_version=pyqe.__version__
+        )
         path.mkdir(parents=True, exist_ok=True)
-        self.config.scale, self.config.shift = self.scale.item(), self.shift.item()
-        self.config.pyqe_version = pyqe.__version__
-        tensors = {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in self.named_parameters()
-            if name not in ("scale", "shift")
-        }
-        with atomic_path(path / _WEIGHTS_FILE) as temporary:
+        with (
+            atomic_path(path / _WEIGHTS_FILE) as weights,
+            atomic_path(path / _CONFIG_FILE) as config,
+            atomic_path(path / "README.md") as card,
+        ):
+            card.write_text(_model_card(self.config), encoding="utf-8")
+            config.write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._tensors().items()}
             try:
-                save_file(tensors, temporary, metadata={"format": "pt"})
+                save_file(tensors, weights, metadata={"format": "pt"})
             except SafetensorError as error:  # how safetensors reports a full disk
                 raise OSError(f"cannot write {path / _WEIGHTS_FILE}: {error}") from error
-        with atomic_path(path / _CONFIG_FILE) as temporary:
-            temporary.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        with atomic_path(path / "README.md") as temporary:
-            temporary.write_text(_model_card(self.config), encoding="utf-8")
+
+    def _tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters that are kept in the weights file."""
+        return {name: p for name, p in self.named_parameters() if name not in ("scale", "shift")}
 
     @staticmethod
     def from_pretrained(name: str | os.PathLike[str], *, revision: str | None = None) -> SigmoidHead:
@@ -280,15 +302,15 @@ class SigmoidHead(nn.Module, ABC):
         folder = _local_folder(name, revision)
         tensors = _load_tensors(folder)
         config = _load_config(folder, tensors)
-        head = _KINDS[config.kind](config)
-        own = {name: p for name, p in head.named_parameters() if name not in ("scale", "shift")}
-        shapes = {name: tuple(p.shape) for name, p in own.items()}
+        with torch.device("meta"):  # shapes alone: a wrong config must not allocate
+            head = _KINDS[config.kind](config)
+        shapes = {name: tuple(parameter.shape) for name, parameter in head._tensors().items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if shapes != found:
             raise ValueError(f"{folder}: expected tensors {shapes}, got {found}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+        state = {name: tensor.float() for name, tensor in tensors.items()}
+        state |= {name: torch.tensor(getattr(config, name), dtype=torch.float32) for name in ("scale", "shift")}
+        head.load_state_dict(state, assign=True)
         return head.requires_grad_(False)
 
 
@@ -349,8 +371,7 @@ class LowRankHead(RescalingHead):
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
-        if not config.rank:
-            raise ValueError(f"rank: expected a positive integer for a low-rank head, got {config.rank}")
+        assert config.rank is not None
         self.A = nn.Parameter(torch.zeros(config.vocab_size, config.rank))
         self.B = nn.Parameter(torch.empty(config.rank, config.hidden_size))
         self.token_bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -399,44 +420,56 @@ def _load_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"head: no {_WEIGHTS_FILE} in {folder}")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: expected floats, got {name} in {tensor.dtype}")
+    return tensors
 
 
 def _load_config(folder: Path, tensors: dict[str, Tensor]) -> HeadConfig:
+    """The config that pyqe wrote; else, whatever ``config.json`` there is, that of an authors' release."""
     path = folder / _CONFIG_FILE
-    content: dict[str, Any] = {}
+    content: Any = None
     if path.is_file():
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not JSON: {error}") from error
-    if "pyqe_version" in content:
-        unknown = set(content) - {f.name for f in fields(HeadConfig)}
-        if unknown or content.get("kind") not in _KINDS:
-            raise ValueError(
-                f"{path}: written by pyqe {content['pyqe_version']}, with kind {content.get('kind')!r} and unknown "
-                f"fields {sorted(unknown)}; this is {pyqe.__version__}"
-            )
-        return HeadConfig(**content)
+    if isinstance(content, dict) and "pyqe_version" in content:
+        return _own_config(path, content)
     if set(tensors) != {"weight"} or tensors["weight"].dim() != 2:
-        raise ValueError(
-            f"{folder}: expected a {_CONFIG_FILE} by pyqe or one tensor 'weight' [V, D], got {set(tensors)}"
-        )
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise ValueError(f"{folder}: expected a {_CONFIG_FILE} by pyqe or one tensor 'weight' [V, D], got {found}")
     vocab_size, hidden_size = tensors["weight"].shape
     return HeadConfig(kind="full", vocab_size=vocab_size, hidden_size=hidden_size)
 
 
+def _own_config(path: Path, content: dict[str, Any]) -> HeadConfig:
+    unknown = sorted(set(content) - {f.name for f in fields(HeadConfig)})
+    missing = sorted({"kind", "vocab_size", "hidden_size"} - set(content))
+    if unknown or missing:
+        raise ValueError(
+            f"{path}: unknown fields {unknown}, missing fields {missing}; written by pyqe {content['pyqe_version']}, "
+            f"this is {pyqe.__version__}"
+        )
+    try:
+        return HeadConfig(**content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _model_card(config: HeadConfig) -> str:
     training = "".join(f"* {name}: {value}\n" for name, value in config.training.items()) or "* none recorded\n"
+    base_model = "" if config.base_model is None else f"base_model: {json.dumps(config.base_model)}\n"
     return f"""---
 library_name: pyqe
 tags: [pyqe, sigmoid-head, quality-estimation]
-base_model: {config.base_model}
----
+{base_model}---
 
-# Sigmoid Head ({config.kind}) for {config.base_model}
+# Sigmoid Head ({config.kind}) for {config.base_model or "an unnamed model"}
 
 Gives every token of the frozen language model's output a probability, independent of the other tokens', that it is a
 right continuation. Vocabulary {config.vocab_size}, hidden size {config.hidden_size}, scale {config.scale:.4g}, shift

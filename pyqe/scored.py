@@ -24,7 +24,7 @@ class ScoredText:
     Attributes:
         text: the scored (or generated) text.
         prompt: what came before it, or None.
-        token_ids: T ids, special tokens left out.
+        token_ids: T ids, without the special tokens that begin or end a text.
         tokens: T pieces of the text.
         offsets: T pairs (start, end) of character positions in ``text``. Tokens that share one character (bytes of an
             emoji) share its span.
@@ -33,9 +33,9 @@ class ScoredText:
         token_max_prob: float32 [T] in [0, 1], largest softmax probability at its position (MSP).
         token_entropy: float32 [T] in nats, entropy of the softmax at its position.
         token_boosted_prob: float32 [T] in [0, 1], BoostedProb.
-        status: "ok"; "partial" where some tokens have no score; "empty" without tokens; "failed" without any score.
+        status: "ok"; "partial" where some tokens have no score; "empty" without tokens; "failed" where all have none.
         reason: why the status is not "ok", or what else there is to know.
-        finish_reason: of a generated text: "eos" or "length".
+        finish_reason: of a generated text: "eos", "stop" (a stop string or stopping criterion) or "length".
     """
 
     text: str
@@ -50,20 +50,20 @@ class ScoredText:
     token_boosted_prob: Scores | None = None
     status: Status = "ok"
     reason: str | None = None
-    finish_reason: Literal["eos", "length"] | None = None
+    finish_reason: Literal["eos", "stop", "length"] | None = None
 
     def aggregate(self, method: Aggregation = "mean", signal: Signal = "quality") -> float | None:
         """One number for the text, from the tokens that have a score.
 
         Args:
-            method: "mean", "min", "product", "mean_log" or "sum_log" (logs of probabilities; not for the entropy).
+            method: "mean", "min", "product", "mean_log" or "sum_log"; of the entropy only the first two.
             signal: which token scores.
 
         Returns:
             the number, or None where no token has that score.
 
         Raises:
-            ValueError: unknown names.
+            ValueError: unknown names, or an entropy's product or logs.
 
         Example:
             >>> scored = ScoredText("ab", token_quality=np.array([0.5, np.nan, 1.0], dtype=np.float32))
@@ -72,17 +72,14 @@ class ScoredText:
         """
         if signal not in SIGNALS:
             raise ValueError(f"signal: expected one of {', '.join(SIGNALS)}, got {signal!r}")
-        scores = getattr(self, f"token_{signal}")
-        scores = np.zeros(0) if scores is None else scores[~np.isnan(scores)].astype(np.float64)
-        if len(scores) == 0:
-            if method not in _AGGREGATIONS:
-                raise ValueError(f"method: expected one of {', '.join(_AGGREGATIONS)}, got {method!r}")
+        methods = _AGGREGATIONS if signal != "entropy" else _OF_ENTROPY
+        if method not in methods:
+            raise ValueError(f"method: expected one of {', '.join(methods)} for {signal}, got {method!r}")
+        scores: Scores | None = getattr(self, f"token_{signal}")
+        if scores is None or np.isnan(scores).all():
             return None
         with np.errstate(divide="ignore"):  # log 0 = -inf is the right answer
-            try:
-                return float(_AGGREGATIONS[method](scores))
-            except KeyError:
-                raise ValueError(f"method: expected one of {', '.join(_AGGREGATIONS)}, got {method!r}") from None
+            return float(_AGGREGATIONS[method](scores[~np.isnan(scores)].astype(np.float64)))
 
     @property
     def quality(self) -> float | None:
@@ -116,6 +113,7 @@ _AGGREGATIONS: dict[str, Callable[[NDArray[np.float64]], Any]] = {
     "mean_log": lambda scores: np.log(scores).mean(),
     "sum_log": lambda scores: np.log(scores).sum(),
 }
+_OF_ENTROPY = ("mean", "min")
 
 
 def _short(score: np.float32) -> float:

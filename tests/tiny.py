@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     PreTrainedModel,
+    PreTrainedTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
 )
@@ -86,3 +88,44 @@ def model(kind: str = "llama", dtype: torch.dtype = torch.float32, **options: An
     torch.manual_seed(1)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return loader.from_config(config).to(dtype).eval()
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
+
+
+def tokenizer_with(**attributes: Any) -> PreTrainedTokenizerFast:
+    """A copy of the tokenizer with other attributes, such as ``bos_token=None``."""
+    result = copy.deepcopy(tokenizer())
+    for name, value in attributes.items():
+        setattr(result, name, value)
+    return result
+
+
+class SlowTokenizer(PreTrainedTokenizer):
+    """Characters of a small alphabet, in Python: a tokenizer that knows no offsets."""
+
+    def __init__(self, **options: Any) -> None:
+        self.alphabet = ["<pad>", "<s>", "</s>", "<unk>", *" abcdefghijklmnopqrstuvwxyzé🎉"]
+        super().__init__(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", **options)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.alphabet)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self.alphabet)}
+
+    def _tokenize(self, text: str, **options: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.get_vocab().get(token, 3)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.alphabet[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
