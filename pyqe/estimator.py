@@ -27,7 +27,7 @@ from pyqe.generation import (
     trim,
 )
 from pyqe.heads import SigmoidHead
-from pyqe.lm_head import LMHead, capture_hidden, check_logits
+from pyqe.lm_head import LMHead, capture_hidden, check_logits, evaluation
 from pyqe.scored import SIGNALS, ScoredText, Signal
 
 if TYPE_CHECKING:
@@ -39,7 +39,16 @@ _ROW_PADDING = 64  # rows of a call are padded to a multiple, so that small prod
 
 
 class TextTooLongError(ValueError):
-    """A text does not fit the model's context, and windows were not wanted or are not possible."""
+    """A text does not fit the model's context, and windows were not wanted.
+
+    Attributes:
+        index: its place among the texts.
+    """
+
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(f"text {index}: {problem}")
+        self.index = index
+        self.problem = problem
 
 
 class QualityEstimator:
@@ -215,7 +224,7 @@ class QualityEstimator:
         """The forward passes for a text; none where it is empty or too long for an encoder-decoder."""
         length = self._length(item)
         if strict and length > context:
-            raise TextTooLongError(f"text {index}: {length} tokens (prompt included) do not fit {context}")
+            raise TextTooLongError(index, f"{length} tokens (prompt included) do not fit {context}")
         if not self.model.config.is_encoder_decoder:
             return list(encoding.causal_windows(index, item, context, overlap))
         if not item.text_ids or length > context:
@@ -239,23 +248,13 @@ class QualityEstimator:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients; every module's mode is put back.
-
-        Not ``inference_mode``: buffers that a model renews while it runs (rotary frequencies) would
-        be unfit for training.
-        """
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                self._read_lm_head()
-                if not self._logits_checked:
-                    check_logits(self.model, self.lm_head)
-                    self._logits_checked = True
-                yield
-        finally:
-            for module in training:
-                module.training = True
+        """What a forward pass needs: evaluation mode, no gradients, the LM head as it is now, its logits checked."""
+        with evaluation(self.model):
+            self._read_lm_head()
+            if not self._logits_checked:
+                check_logits(self.model, self.lm_head)
+                self._logits_checked = True
+            yield
 
     def _hidden_of(self, batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
         """Hidden states [M, D] that predict the batch's scored tokens, and those tokens [M]."""

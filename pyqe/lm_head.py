@@ -163,6 +163,22 @@ def capture_hidden(model: PreTrainedModel, *, skip_logits: bool, last_only: bool
         handle.remove()
 
 
+@contextmanager
+def evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients inside the ``with`` block; every module's mode is put back.
+
+    Not ``inference_mode``: buffers that a model renews while it runs (rotary frequencies) would be unfit for training.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, head: LMHead) -> None:
     """Compare the head's logits with the model's own on a tiny input; the model must be in evaluation mode.

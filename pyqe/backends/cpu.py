@@ -25,6 +25,11 @@ def unavailable() -> str | None:
     return None if _import_error is None else f"the C++ library did not load: {_import_error}"
 
 
+def features() -> list[str]:
+    """Instruction sets of this processor that matter here; none without the library."""
+    return [] if _import_error is not None else _C.cpu_features()
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -119,7 +119,7 @@ _MODEL_OPTIONS: tuple[Decorator, ...] = (
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         show_default=True,
-        help="Precision of the LM; auto is what its files have.",
+        help="Precision of the LM; auto is what its files have, float32 on a processor without bfloat16 arithmetic.",
     ),
     click.option("--device", default="auto", show_default=True, help="torch device; auto takes a GPU if there is one."),
 )
@@ -195,7 +195,6 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
         ValueError: no such device, or nothing that transformers can load.
     """
     import huggingface_hub
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -210,7 +209,7 @@ def load_model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     with _clear_errors(name):
         config = AutoConfig.from_pretrained(name)
         loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = loader.from_pretrained(name, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
+        model = loader.from_pretrained(name, dtype=_torch_dtype(dtype, place))
         tokenizer = AutoTokenizer.from_pretrained(name)
     return model.to(place).eval(), tokenizer
 
@@ -228,6 +227,18 @@ def _clear_errors(name: str) -> Iterator[None]:
         if is_folder:
             raise ValueError(f"model: cannot load the folder {name!r}: {summary}") from error
         raise FileNotFoundError(f"model: no folder {name!r}, and the hub does not give it: {summary}") from error
+
+
+def _torch_dtype(name: str, device: Any) -> Any:
+    """The dtype to load a model in: for "auto" what its files have, unless this processor would emulate it."""
+    import torch
+
+    from pyqe.backends.cpu import features
+
+    if name != "auto":
+        return getattr(torch, name)
+    native = {"avx512_bf16", "amx_bf16"} & set(features())
+    return torch.float32 if device.type == "cpu" and not native else "auto"
 
 
 def _torch_device(name: str) -> Any:

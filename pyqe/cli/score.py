@@ -38,6 +38,8 @@ def command(streams: Streams, chosen: EstimatorOptions, max_length: int | None, 
 
 
 def _task(chosen: EstimatorOptions, limits: dict[str, int | None], strict: bool) -> Task:
+    from pyqe.estimator import TextTooLongError
+
     estimator = chosen.estimator()
     is_seq2seq = estimator.model.config.is_encoder_decoder
     options: dict[str, Any] = {"signals": chosen.signals, "batch_size": chosen.batch_size, **limits}
@@ -47,28 +49,12 @@ def _task(chosen: EstimatorOptions, limits: dict[str, int | None], strict: bool)
             return "prompt: expected the source, as the model is an encoder-decoder" if is_seq2seq else None
         return check_chat(estimator.tokenizer, fields["prompt"])
 
-    def score(rows: Sequence[Row], **more: Any) -> Any:
-        texts, prompts = zip(*((row.fields["text"], row.fields.get("prompt")) for row in rows), strict=True)
-        return estimator.score(texts, prompts, **options, **more)
-
     def work(rows: Sequence[Row], on_progress: Callable[[int], object]) -> list[list[dict[str, Any]]]:
-        from pyqe.estimator import TextTooLongError
-
+        texts, prompts = zip(*((row.fields["text"], row.fields.get("prompt")) for row in rows), strict=True)
         try:
-            return [[result.to_dict()] for result in score(rows, strict=strict, on_progress=on_progress)]
-        except TextTooLongError as error:  # it names the text by its place in the chunk
-            raise _first_too_long(rows, score) from error
+            scored = estimator.score(texts, prompts, strict=strict, on_progress=on_progress, **options)
+        except TextTooLongError as error:
+            raise BadRowError(f"line {rows[error.index].line}: {error.problem}") from error
+        return [[result.to_dict()] for result in scored]
 
     return Task(check, work)
-
-
-def _first_too_long(rows: Sequence[Row], score: Callable[..., Any]) -> BadRowError:
-    """The error for the row that does not fit."""
-    from pyqe.estimator import TextTooLongError
-
-    for row in rows:
-        try:
-            score([row], strict=True)
-        except TextTooLongError as error:
-            return BadRowError(f"line {row.line}: {str(error).partition(': ')[2]}")
-    raise AssertionError("unreachable: some row does not fit")

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from pyqe._files import atomic_path
 from pyqe.encoding import Prompt, encode
-from pyqe.lm_head import LMHead, capture_hidden
+from pyqe.lm_head import LMHead, capture_hidden, check_logits, evaluation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,7 +113,6 @@ class HiddenStateDataset(Dataset[dict[str, Tensor]]):
         self.hidden, self.labels, self.logsumexp, self.rows = hidden, labels, logsumexp, rows
 
     @classmethod
-    @torch.no_grad()
     def compute(
         cls,
         lm: PreTrainedModel,
@@ -131,22 +130,26 @@ class HiddenStateDataset(Dataset[dict[str, Tensor]]):
             batch_size: blocks in a forward pass.
             rows: positions in an item of the result.
             on_progress: called with the number of positions after each batch.
+
+        Raises:
+            ValueError: the model changes its logits in a way that is not known.
         """
-        lm.eval()
         lm_head = LMHead.from_model(lm)
         parts = []
-        for start in range(0, len(dataset), batch_size):
-            batch = collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
-            batch = {name: tensor.to(lm_head.weight.device) for name, tensor in batch.items()}
-            with capture_hidden(lm, skip_logits=True) as captured:
-                lm(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-            labels = batch["labels"][:, 1:]
-            hidden = captured[0][:, :-1][labels != IGNORE_INDEX]
-            labels = labels[labels != IGNORE_INDEX]
-            parts.append((hidden.cpu(), labels.cpu(), lm_head.softmax_stats(hidden).logsumexp.float().cpu()))
-            if on_progress is not None:
-                on_progress(len(labels))
-        hidden, labels, logsumexp = (torch.cat(column).clone() for column in zip(*parts, strict=True))
+        with evaluation(lm):
+            check_logits(lm, lm_head)
+            for start in range(0, len(dataset), batch_size):
+                batch = collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+                batch = {name: tensor.to(lm_head.weight.device) for name, tensor in batch.items()}
+                with capture_hidden(lm, skip_logits=True) as captured:
+                    lm(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                labels = batch["labels"][:, 1:]
+                hidden = captured[0][:, :-1][labels != IGNORE_INDEX]
+                labels = labels[labels != IGNORE_INDEX]
+                parts.append((hidden.cpu(), labels.cpu(), lm_head.softmax_stats(hidden).logsumexp.float().cpu()))
+                if on_progress is not None:
+                    on_progress(len(labels))
+        hidden, labels, logsumexp = (torch.cat(column) for column in zip(*parts, strict=True))
         return cls(hidden, labels, logsumexp, rows=rows)
 
     def __len__(self) -> int:

@@ -26,7 +26,7 @@ class RowAdam(torch.optim.Optimizer):
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(3, 1))
-        >>> weight.grad = torch.sparse_coo_tensor([[1]], [[1.0]], (3, 1))
+        >>> weight.grad = torch.sparse_coo_tensor([[1]], [[1.0]], (3, 1), check_invariants=True)
         >>> RowAdam([weight], lr=0.5).step()
         >>> weight.flatten().tolist()
         [0.0, -0.5, 0.0]
