@@ -246,8 +246,7 @@ def run(output: Path, *, retrain: bool, say: Say) -> None:
         "Trained on": f"{training.get('tokens', 0):,} tokens of Python's documentation",
         "Held-out loss": str(training.get("held_out_loss")),
         "Sentences read after": CONTEXT.strip(),
-        "Date": date.today().isoformat(),
-        "pyqe": pyqe.__version__,
+        "Made": f"{date.today().isoformat()} by pyqe {pyqe.__version__}",
     }
     write_report(output / "report.html", sentences + answers, title="pyqe demo", summary=summary, tables=[table])
     print(token_table(sentences + answers))

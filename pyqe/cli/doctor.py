@@ -73,7 +73,7 @@ def examine() -> dict[str, Any]:
     return {
         "pyqe": __version__,
         "python": sys.version.split()[0],
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "packages": _package_versions(),
         "torch_error": facts["torch_error"],
         "backends": facts["backends"],
