@@ -140,7 +140,7 @@ def train_head(model: Any, tokenizer: Any, folder: Path, say: Say) -> SigmoidHea
     say(f"held-out loss: {before:.4f} before training, {after:.4f} after ({len(train.targets)} positions)")
     head.config.training = {
         "text": "pydoc_data.topics",
-        "tokens": TOKENS,
+        "positions": len(train.targets),
         "epochs": EPOCHS,
         "learning_rate": LEARNING_RATE,
         "held_out_loss": round(after, 4),
@@ -243,7 +243,7 @@ def run(output: Path, *, retrain: bool, say: Say) -> None:
     summary = {
         "Language model": LM_NAME,
         "Sigmoid Head": f"{head.config.kind}, rank {head.config.rank}",
-        "Trained on": f"{training.get('tokens', 0):,} tokens of Python's documentation",
+        "Trained on": f"{training.get('positions', 0):,} tokens of Python's documentation",
         "Held-out loss": str(training.get("held_out_loss")),
         "Sentences read after": CONTEXT.strip(),
         "Made": f"{date.today().isoformat()} by pyqe {pyqe.__version__}",

@@ -119,7 +119,7 @@ class DominantRule:
         return ":".join([self.kind, *(str(getattr(self, name)) for name in _PARAMETERS[self.kind])])
 
     def max_size(self, vocab_size: int) -> int:
-        """Upper bound on the number of dominant tokens (``vocab_size`` where the rule has no bound of its own).
+        """Upper bound on the number of dominant tokens, the width of their ids; V for top_p, min_p and eta.
 
         A token above epsilon leaves less than 1 - epsilon to the others, so fewer than 1/epsilon are above it; a
         significant drop at rank i implies that rank i is one of them.

@@ -382,15 +382,20 @@ class LowRankHead(RescalingHead):
     def forward(
         self, hidden: Tensor, token_ids: Tensor, base: Tensor | None = None, *, sparse_grad: bool = False
     ) -> Tensor:
-        projected = hidden.float() @ self.B.T
+        projected = self._project(hidden)
         correction = F.linear_token_logits(projected, self.A, token_ids, self.token_bias, sparse_grad=sparse_grad)
         return super().forward(hidden, token_ids, base) + correction
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        """B h, [..., r], in float32 whatever autocast says."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ self.B.T
 
     def linear_terms(self, hidden: Tensor, lm_head: LMHead, logsumexp: Tensor | None = None) -> LinearTerms:
         terms = super().linear_terms(hidden, lm_head, logsumexp)
         assert terms.scale is not None
         bias = self.token_bias if terms.bias is None else self.token_bias + terms.bias
-        joined = torch.cat([terms.scale * terms.hidden, terms.hidden @ self.B.T], -1)
+        joined = torch.cat([terms.scale * terms.hidden, self._project(hidden)], -1)
         return LinearTerms(joined, torch.cat([terms.weight, self.A], 1), bias, None, terms.shift)
 
 

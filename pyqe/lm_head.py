@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pyqe.negatives import NegativeSampler
+
+
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,8 @@ def _first(config: Any, *names: str) -> float | None:
 
 
 def _logit_scale(config: Any) -> float:
-    """Cohere and MPT multiply, Granite divides, Falcon-H1 has a name of its own."""
-    multiplier = _first(config, "logit_scale", "lm_head_multiplier")
+    """Cohere multiplies (MPT has the field and does not use it), Granite divides, Falcon-H1 has a name of its own."""
+    multiplier = _first(config, "logit_scale" if config.model_type.startswith("cohere") else "lm_head_multiplier")
     divisor = _first(config, "logits_scaling")
     return (1.0 if multiplier is None else multiplier) / (1.0 if divisor is None else divisor)
 
@@ -167,16 +172,18 @@ def capture_hidden(model: PreTrainedModel, *, skip_logits: bool, last_only: bool
 def evaluation(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients inside the ``with`` block; every module's mode is put back.
 
-    Not ``inference_mode``: buffers that a model renews while it runs (rotary frequencies) would be unfit for training.
+    One thread at a time for each model, as a hook sees every thread's forward passes. Not ``inference_mode``: buffers
+    that a model renews while it runs (rotary frequencies) would be unfit for training.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with _locks.setdefault(model, threading.RLock()):
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 @torch.no_grad()

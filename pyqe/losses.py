@@ -29,7 +29,8 @@ class SigmoidHeadLoss(nn.Module):
 
     Args:
         sampler: draws the negatives; None for the vocabulary-wide loss.
-        exclude: dominant tokens of the vocabulary-wide loss and the ranking term; None excludes nothing.
+        exclude: dominant tokens of the vocabulary-wide loss, None for no exclusion, and of the ranking term, where None
+            is the sampler's rule, else ``DominantRule.jump("first")``.
         pos_weight: weight of the positives, or "balance": as many as there are negatives.
         error_weight: weight of a token annotated as wrong.
         ranking_weight: factor of the ranking term; 0 leaves it out.
@@ -126,15 +127,19 @@ class SigmoidHeadLoss(nn.Module):
             negatives = lm_head.sample_negatives(hidden, targets, self.sampler, generator)
             negatives = negatives.masked_fill(~right[:, None], -1)
             losses, pairs = self._sampled(head, hidden, targets, negatives, lm_head, right, weights, logsumexp)
-        if self.reduction == "none":
-            result = losses.new_zeros(shape)
-            result[kept] = losses
-        else:
-            result = losses.sum()
-            result = result / pairs.clamp(min=1) if self.reduction == "mean" else result
+        result = self._reduce(losses, pairs, kept)
         if self.ranking_weight:
-            result = result + self.ranking_weight * self._ranking(head, hidden, targets, lm_head, right, logsumexp)
+            excess, pairs = self._ranking(head, hidden, targets, lm_head, right, logsumexp)
+            result = result + self.ranking_weight * self._reduce(excess, pairs, kept)
         return result
+
+    def _reduce(self, losses: Tensor, pairs: Tensor, kept: Tensor) -> Tensor:
+        """Sums of the kept positions (or their total) by the reduction."""
+        if self.reduction == "none":
+            result = losses.new_zeros(kept.shape)
+            result[kept] = losses
+            return result
+        return losses.sum() / pairs.clamp(min=1) if self.reduction == "mean" else losses.sum()
 
     def _sampled(
         self,
@@ -225,9 +230,10 @@ class SigmoidHeadLoss(nn.Module):
         lm_head: LMHead,
         right: Tensor,
         logsumexp: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Sums [N] over the dominant tokens of each position, and the number of pairs."""
         ids = torch.cat([targets[:, None], self._dominant(hidden, lm_head)], 1)
         logits = self._token_logits(head, hidden, ids, lm_head, logsumexp)
         others = (ids[:, 1:] >= 0) & (ids[:, 1:] != targets[:, None]) & right[:, None]
         excess = torch.relu(logits[:, 1:] - logits[:, :1] + self.ranking_margin)
-        return (excess * others).sum() / others.sum().clamp(min=1)
+        return (excess * others).sum(1), others.sum()

@@ -92,7 +92,7 @@ class NegativeSampler:
         counts = self.unigram_counts
         if counts is None:
             raise ValueError("unigram_counts: expected a [V] tensor for the 'unigram' source, got None")
-        if counts.dim() != 1 or not bool((counts >= 0).all()) or not float(counts.sum()) > 0:
+        if counts.dim() != 1 or not bool((counts >= 0).all() & counts.isfinite().all()) or not float(counts.sum()) > 0:
             raise ValueError(
                 f"unigram_counts: expected a [V] tensor of non-negative numbers, some positive, got shape "
                 f"{tuple(counts.shape)}"

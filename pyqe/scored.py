@@ -17,7 +17,7 @@ Scores = NDArray[np.float32]
 SIGNALS: tuple[Signal, ...] = ("quality", "prob", "max_prob", "entropy", "boosted_prob")
 
 
-@dataclass
+@dataclass(eq=False)
 class ScoredText:
     """A text with scores for its T tokens. Higher is better, but for the entropy. NaN means that there is no score.
 
@@ -66,7 +66,7 @@ class ScoredText:
             ValueError: unknown names, or an entropy's product or logs.
 
         Example:
-            >>> scored = ScoredText("ab", token_quality=np.array([0.5, np.nan, 1.0], dtype=np.float32))
+            >>> scored = ScoredText("ab", token_quality=np.array([np.nan, 0.5, 1.0], dtype=np.float32))
             >>> scored.aggregate("mean")
             0.75
         """
@@ -78,6 +78,8 @@ class ScoredText:
         scores: Scores | None = getattr(self, f"token_{signal}")
         if scores is None or np.isnan(scores).all():
             return None
+        if np.isnan(scores[1:]).any():
+            return None  # what is missing may be what is wrong; the first token may lack context alone
         with np.errstate(divide="ignore"):  # log 0 = -inf is the right answer
             return float(_AGGREGATIONS[method](scores[~np.isnan(scores)].astype(np.float64)))
 

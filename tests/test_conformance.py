@@ -105,11 +105,11 @@ def test_token_logits_gradients(backend: str, dtype: torch.dtype, sparse: bool) 
 
 
 def test_same_bits_for_any_batch_and_thread_count(backend: str) -> None:
-    hidden, weight, bias = head(100, 48, 301, torch.float32)
+    hidden, weight, bias = head(400, 96, 301, torch.float32)  # enough for threads to start
     needs("linear_token_logits", hidden)
-    ids, grad = torch.randint(0, 301, (100, 3)), torch.randn(100, 3)
+    ids, grad = torch.randint(0, 301, (400, 3)), torch.randn(400, 3)
     whole = F.linear_token_logits(hidden, weight, ids, bias)
-    singles = [F.linear_token_logits(hidden[i : i + 1], weight, ids[i : i + 1], bias) for i in range(100)]
+    singles = [F.linear_token_logits(hidden[i : i + 1], weight, ids[i : i + 1], bias) for i in range(400)]
     assert torch.equal(whole, torch.cat(singles))
     threads = torch.get_num_threads()
     rows = torch.ops.pyqe.token_logits_grad_rows(grad, hidden, ids)
@@ -205,6 +205,52 @@ def test_bad_rows_are_nan_and_do_not_leak(backend: str) -> None:
     assert stats.dominant.mass.isnan().tolist() == [False, True, True, True, False, False]
     assert (stats.dominant.ids[1:4] == -1).all()
     assert stats.boosted_prob(ids)[1:4].isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 3, 64, 130])
+def test_choices_for_all_rows_or_for_each(backend: str, n: int) -> None:
+    hidden, weight, _ = head(n, 8, 40, torch.float64)
+    needs("linear_softmax_stats", hidden)
+    logits = hidden @ weight.T
+    choices = torch.randint(0, 40, (n, 3))
+    for ids, expected in ((choices, logits.gather(1, choices)), (choices[0], logits[:, choices[0]])):
+        stats = F.linear_softmax_stats(hidden, weight, choice_ids=ids, token_ids=choices[:, 0])
+        torch.testing.assert_close(stats.choice_logits, expected)
+        torch.testing.assert_close(stats.token_logit, logits.gather(1, choices[:, :1])[:, 0])
+
+
+def test_autocast_and_gradients_leave_statistics_alone(backend: str) -> None:
+    hidden, weight, _ = head(5, 16, 40, torch.float32)
+    needs("linear_softmax_stats", hidden)
+    expected = F.linear_softmax_stats(hidden, weight, entropy=True)
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats = F.linear_softmax_stats(hidden, weight, entropy=True)
+        loss = F.linear_vocab_bce(hidden, weight, torch.arange(5))
+    assert stats.entropy is not None
+    assert torch.equal(stats.entropy, expected.entropy)
+    assert not stats.max_logprob.requires_grad
+    assert loss.requires_grad
+    torch.testing.assert_close(loss, F.linear_vocab_bce(hidden, weight, torch.arange(5)))
+
+
+def test_bad_operands_of_the_operators_are_refused(backend: str) -> None:
+    hidden, weight, _ = head(2, 4, 6, torch.float32)
+    needs("linear_token_logits", hidden)
+    ids, grad = torch.tensor([[1], [2]]), torch.ones(2, 1)
+    ops = torch.ops.pyqe
+    if backend == "cpu":
+        for call in (
+            lambda: ops.linear_token_logits(hidden[:, :3], weight, ids, None),
+            lambda: ops.linear_token_logits(hidden, weight.bfloat16(), ids, None),
+            lambda: ops.linear_token_logits(hidden, weight, ids[:1], None),
+            lambda: ops.token_logits_grad_hidden(grad[:1], weight, ids),
+            lambda: ops.token_logits_grad_rows(grad, hidden[:1], ids),
+        ):
+            with pytest.raises(ValueError, match="expected"):
+                call()
+    with pytest.raises(IndexError):
+        ops.token_logits_grad_weight(grad, hidden, ids + 50_000_000, 5)
 
 
 def test_huge_logits(backend: str) -> None:

@@ -142,6 +142,37 @@ def test_ranking_term_is_the_literal_one() -> None:
     assert values[1] - values[0] == pytest.approx(2.0 * sum(terms) / len(terms), rel=1e-4)
 
 
+def test_ranking_term_by_reduction() -> None:
+    head, hidden, targets, lm_head = setting("low_rank")
+    results = {}
+    for reduction in ("none", "sum"):
+        terms = []
+        for weight in (0.0, 2.0):
+            loss = SigmoidHeadLoss(
+                NegativeSampler(("uniform",)), ranking_weight=weight, ranking_margin=0.3, reduction=reduction
+            )
+            terms.append(loss(head, hidden, targets, lm_head, generator=torch.Generator().manual_seed(1)))
+        results[reduction] = terms[1] - terms[0]
+    assert (results["none"][targets == -100] == 0).all()
+    torch.testing.assert_close(results["none"].sum(), results["sum"])
+
+
+def test_losses_share_conventions() -> None:
+    """Bias outside the scale, -1 as ignored, weights of ignored positions of no account."""
+    _, hidden, targets, _ = setting()
+    weight, bias = torch.randn(V, D), torch.randn(V)
+    targets[0] = -1
+    everything = torch.arange(V).expand(N, V)
+    negatives = everything.masked_fill(everything == targets[:, None], -1)
+    options: dict[str, Any] = {"bias": bias, "scale": 0.3, "shift": -0.5}
+    sampled = F.linear_sampled_bce(hidden, weight, targets, negatives, **options)
+    weights = torch.ones(N)
+    weights[targets < 0] = torch.nan
+    torch.testing.assert_close(F.linear_vocab_bce(hidden, weight, targets, weights=weights, **options), sampled)
+    with pytest.raises(ValueError, match="weights"):
+        F.linear_vocab_bce(hidden, weight, targets, weights=torch.ones(1), **options)
+
+
 @pytest.mark.parametrize("kind", list(HEADS))
 def test_gradients_reach_every_parameter_and_nothing_else(kind: str) -> None:
     head, hidden, targets, lm_head = setting(kind)

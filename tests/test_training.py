@@ -13,7 +13,8 @@ from tiny import TEXTS, model, tokenizer
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 import pyqe
-from pyqe.heads import SigmoidHead
+from pyqe import demo
+from pyqe.heads import HeadMismatchError, SigmoidHead
 from pyqe.training import (
     HiddenStateDataset,
     RowAdam,
@@ -21,6 +22,7 @@ from pyqe.training import (
     SigmoidHeadTrainingArguments,
     StopOnInterrupt,
     TextDataset,
+    TrainingModule,
     collate,
 )
 from pyqe.training.trainer import last_checkpoint
@@ -64,7 +66,7 @@ def trainer(folder: Path, kind: str = "low_rank", cached: bool = True, sparse: b
 @pytest.mark.parametrize(
     ("kind", "sparse"), [("full", False), ("full", True), ("low_rank", True), ("rescaling", False)]
 )
-def test_training_reduces_the_held_out_loss(tmp_path: Path, kind: str, sparse: bool, cached: bool) -> None:
+def test_training_reduces_the_loss(tmp_path: Path, kind: str, sparse: bool, cached: bool) -> None:
     run = trainer(tmp_path, kind, cached, sparse)
     before = run.evaluate()["eval_loss"]
     assert run.evaluate()["eval_loss"] == before  # the same negatives every time
@@ -145,16 +147,13 @@ def test_the_best_head_comes_back_after_early_stopping(tmp_path: Path) -> None:
 
 
 def test_gradient_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
-    heads = []
+    norms = []  # Adam's steps would not show a loss of the wrong size, the gradient's norm does
     for steps, size in ((1, 4), (2, 2)):
-        run = trainer(
-            tmp_path, gradient_accumulation_steps=steps, per_device_train_batch_size=size, max_steps=3, seed=1
-        )
-        run.model.loss.sampler = pyqe.NegativeSampler(("uniform",), num_negatives=283, exclude=None)  # every token
+        run = trainer(tmp_path, gradient_accumulation_steps=steps, per_device_train_batch_size=size, max_steps=1)
+        run.model.loss.sampler = pyqe.NegativeSampler(("uniform",), num_negatives=200, exclude=None)
         run.train()
-        heads.append(run.head)
-    for name in ("scale", "shift", "token_bias"):
-        torch.testing.assert_close(getattr(heads[1], name), getattr(heads[0], name), atol=2e-3, rtol=0, msg=name)
+        norms.append(run.state.log_history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
 def test_bfloat16_mixed_precision(tmp_path: Path) -> None:
@@ -235,3 +234,51 @@ def test_text_blocks() -> None:
     assert all(len(packed[i]["input_ids"]) <= 12 for i in range(len(packed)))
     batch = collate([packed[0], packed[len(packed) - 1]])
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+
+
+def test_bos_between_packed_texts_is_no_target() -> None:
+    data = TextDataset(tokenizer(), TEXTS, block_size=1000)
+    labels, bos = data[0]["labels"].tolist(), tokenizer().bos_token_id
+    assert data[0]["input_ids"].tolist().count(bos) == len(TEXTS)
+    assert bos not in labels
+    assert bos not in data.targets
+
+
+def test_a_given_attention_mask_is_kept_and_padding_may_be_on_the_left() -> None:
+    item = {"input_ids": torch.tensor([0, 5, 6, 7]), "attention_mask": torch.tensor([0, 1, 1, 1])}
+    item["labels"] = torch.tensor([-100, -100, 6, 7])
+    assert collate([item])["attention_mask"].tolist() == [[0, 1, 1, 1]]
+    lm = model("gpt2")
+    head = SigmoidHead.from_lm_head(lm, kind="rescaling")
+    module = TrainingModule(lm, head, pyqe.SigmoidHeadLoss())
+    left = module(**collate([item]))["loss"]
+    right = module(**{name: value[1:][None] for name, value in item.items()})["loss"]
+    torch.testing.assert_close(left, right)
+
+
+def test_hidden_states_of_encoder_decoders_and_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="causal"):
+        HiddenStateDataset.compute(model("bart"), text_data(1))
+    with pytest.raises(ValueError, match="empty"):
+        HiddenStateDataset.compute(model(), TextDataset(tokenizer(), []))
+
+
+def test_a_head_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.head.config.tokenizer_fingerprint = "another"
+    with pytest.raises(HeadMismatchError, match="another"):
+        SigmoidHeadTrainer(model(), run.head, run.args, loss=run.model.loss, tokenizer=tokenizer())
+
+
+def test_the_demo_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "TOKENS", 2000)
+    monkeypatch.setattr(demo, "BLOCK_SIZE", 32)
+    lm, said = model(), []
+    head = demo.train_head(lm, tokenizer(), tmp_path / "head", said.append)
+    assert "held-out loss" in said[0]
+    assert head.config.training["positions"] > 1000
+    rows = demo.score_sentences(pyqe.QualityEstimator(lm, tokenizer(), head))
+    assert set(demo.error_auroc(rows)) == set(demo.SHOWN)
+    table = demo.token_table(rows)
+    assert len(table.splitlines()) > sum(len(row["tokens"]) for row in rows)
+    assert "* " in table

@@ -39,7 +39,25 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
 
+def _check_pair(name: str, tensor: Tensor, dim: int, dtype: torch.dtype) -> None:
+    """The library trusts what it is given: look before pointers go across."""
+    if tensor.shape[1] != dim or tensor.dtype != dtype:
+        raise ValueError(f"{name}: expected [..., {dim}] in {dtype}, got {list(tensor.shape)} in {tensor.dtype}")
+
+
+def _check_grad(grad: Tensor, token_ids: Tensor) -> None:
+    if grad.shape != token_ids.shape:
+        raise ValueError(f"grad: expected {list(token_ids.shape)} as token_ids, got {list(grad.shape)}")
+
+
 def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
+    _check_pair("hidden", hidden, weight.shape[1], weight.dtype)
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise ValueError(
+            f"bias: expected [{weight.shape[0]}] in {weight.dtype}, got {list(bias.shape)} in {bias.dtype}"
+        )
+    if len(token_ids) != len(hidden):
+        raise ValueError(f"token_ids: expected {len(hidden)} rows as hidden, got {len(token_ids)}")
     hidden, weight, ids = _rows(hidden), _rows(weight), token_ids.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = torch.empty(ids.shape, dtype=torch.float32)
@@ -62,6 +80,7 @@ def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias:
 
 
 def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    _check_grad(grad, token_ids)
     weight, ids, grad = _rows(weight), token_ids.contiguous(), grad.float().contiguous()
     out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype)
     _C.token_logits_backward_hidden(
@@ -110,9 +129,16 @@ def _accumulate_rows(
     )
 
 
+def _checked_hidden(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
+    _check_grad(grad, token_ids)
+    if len(hidden) != len(token_ids):
+        raise ValueError(f"hidden: expected {len(token_ids)} rows as token_ids, got {len(hidden)}")
+    return _rows(hidden)
+
+
 def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     pairs, starts, row_ids = _sorted_pairs(token_ids)
-    hidden = _rows(hidden)
+    hidden = _checked_hidden(grad, hidden, token_ids)
     out = torch.empty(len(row_ids), hidden.shape[1], dtype=hidden.dtype)
     _accumulate_rows(grad.float().contiguous(), hidden, token_ids.shape[1], pairs, starts, None, out)
     return row_ids, out
@@ -120,7 +146,9 @@ def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> t
 
 def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
     pairs, starts, row_ids = _sorted_pairs(token_ids)
-    hidden = _rows(hidden)
+    hidden = _checked_hidden(grad, hidden, token_ids)
+    if len(row_ids) and int(row_ids[-1]) >= vocab_size:
+        raise IndexError(f"token_ids: expected ids in [0, {vocab_size}), got {int(row_ids[-1])}")
     out = torch.zeros(vocab_size, hidden.shape[1], dtype=hidden.dtype)
     _accumulate_rows(grad.float().contiguous(), hidden, token_ids.shape[1], pairs, starts, row_ids, out)
     return out

@@ -207,10 +207,26 @@ def _logsumexp(logits: Tensor) -> Tensor:
     return maximum + log_sum
 
 
+def _softmax_blocks(
+    blocks: Iterable[tuple[slice, Tensor]],
+    n: int,
+    token_ids: Tensor | None,
+    choice_ids: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """Statistics of all blocks; tokens [N, K] and choices [N, C] (or [1, C] for all rows) are gathered together."""
+    n_tokens = 0 if token_ids is None else token_ids.shape[1]
+    ids = [ids.expand(n, -1) for ids in (token_ids, choice_ids) if ids is not None]
+    columns = list(_reduce_blocks(blocks, _softmax_rows, torch.cat(ids, 1) if ids else None, *options))
+    gathered = columns.pop(4)
+    columns.insert(4, gathered[:, :n_tokens].clone())  # clones, as an operator's results must not share memory
+    columns.insert(8, gathered[:, n_tokens:].clone())
+    return tuple(columns)
+
+
 def _softmax_rows(
     logits: Tensor,
     token_ids: Tensor | None,
-    choice_ids: Tensor | None,
     top_k: int,
     temperature: float | None,
     entropy: bool,
@@ -231,11 +247,10 @@ def _softmax_rows(
         -log_sum,
         logits.argmax(1).masked_fill(invalid, -1),
         _entropy(logits, maximum, log_sum) if entropy else none,
-        none if token_ids is None else _gather(logits, token_ids),
+        none if token_ids is None else _gather(logits, token_ids).masked_fill(invalid[:, None], torch.nan),
         none if temperature is None else _logsumexp(logits / temperature),
         topk_logits.masked_fill(invalid[:, None], torch.nan),
         topk_ids.masked_fill(invalid[:, None], -1),
-        none if choice_ids is None else _gather(logits, choice_ids.expand(n, -1)),
         dominant_ids,
         size,
         mass,
@@ -254,7 +269,7 @@ def softmax_stats(
     """Statistics of existing logits [N, V]; see :func:`pyqe.functional.softmax_stats`."""
     _check_optional_ids(logits.shape[1], token_ids=token_ids, choice_ids=choice_ids)
     blocks = ((rows, block.to(compute_dtype(logits))) for rows, block in _blocks(logits))
-    return _reduce_blocks(blocks, _softmax_rows, token_ids, choice_ids, top_k, temperature, entropy, dominant)
+    return _softmax_blocks(blocks, len(logits), token_ids, choice_ids, top_k, temperature, entropy, dominant)
 
 
 def linear_softmax_stats(
@@ -273,7 +288,7 @@ def linear_softmax_stats(
     """Statistics of ``hidden @ weight.T``; see :func:`pyqe.functional.linear_softmax_stats`."""
     _check_optional_ids(weight.shape[0], token_ids=token_ids, choice_ids=choice_ids)
     blocks = _logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
-    return _reduce_blocks(blocks, _softmax_rows, token_ids, choice_ids, top_k, temperature, entropy, dominant)
+    return _softmax_blocks(blocks, len(hidden), token_ids, choice_ids, top_k, temperature, entropy, dominant)
 
 
 # --- sigmoid statistics ---------------------------------------------------------------------------------------------
@@ -290,7 +305,7 @@ def _sigmoid_rows(logits: Tensor, token_ids: Tensor | None, top_k: int, threshol
         argmax.masked_fill(invalid, -1),
         probs.sum(1),
         none.long() if threshold is None else (probs > threshold).sum(1).masked_fill(invalid, -1),
-        none if token_ids is None else _gather(logits, token_ids),
+        none if token_ids is None else _gather(logits, token_ids).masked_fill(invalid[:, None], torch.nan),
         topk_logits.masked_fill(invalid[:, None], torch.nan),
         topk_ids.masked_fill(invalid[:, None], -1),
     )

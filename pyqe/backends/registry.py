@@ -99,7 +99,7 @@ def select(operation: str, *tensors: Tensor | None) -> Callable[..., Any]:
     Raises:
         RuntimeError: the backend that was asked for cannot run it; the message says why.
     """
-    name = _chosen.get() or _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+    name = _chosen.get() or _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
     if name == "auto":
         backend = next(b for b in _BACKENDS.values() if b.obstacle(operation, tensors) is None)
     else:

@@ -40,7 +40,9 @@ def _package_versions() -> dict[str, str | None]:
 def _cpu_library() -> dict[str, Any]:
     try:
         from pyqe import _C
-    except ImportError as error:
+
+        _C.cpu_isa()  # a ValueError says that PYQE_CPU_ISA names a level this processor lacks
+    except (ImportError, ValueError) as error:
         return {"error": str(error)}
     return {
         "instruction_set": _C.cpu_isa(),
@@ -120,7 +122,7 @@ def _sections(found: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
 def _processor(cpu: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "threads", f"{cpu['torch_threads']} of {cpu['count']}"
     if "error" in cpu:
-        yield "C++ library", f"missing: {cpu['error']}"
+        yield "C++ library", f"not usable: {cpu['error']}"
         return
     yield "instructions", f"{cpu['instruction_set']} in use; available: {', '.join(cpu['available'])}"
     yield "features", ", ".join(cpu["features"])

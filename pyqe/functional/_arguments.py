@@ -25,8 +25,8 @@ def check_ids(ids: Tensor, name: str) -> None:
 def head_matrix(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Check a head's arguments; hidden as a matrix [N, D], in the weight's dtype if that is the wider one."""
     check_floats(hidden=hidden, weight=weight, bias=bias)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight: expected [V, D] with V > 0, got shape {tuple(weight.shape)}")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: expected [V, D] with V, D > 0, got shape {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden: expected [..., {weight.shape[1]}], got shape {tuple(hidden.shape)}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):

@@ -38,7 +38,13 @@ def _define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) -
     """Register an operator that runs on the backend which the registry selects for its tensors."""
 
     def run(*args: Any) -> Any:
-        return select(name, *(arg for arg in args if isinstance(arg, Tensor)))(*args)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        implementation = select(name, *tensors)
+        device = tensors[0].device.type
+        if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
+            return implementation(*args)
+        with torch.no_grad(), torch.autocast(device, enabled=False):  # float32 means float32, and no hidden graph
+            return implementation(*args)
 
     _library.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
@@ -52,7 +58,10 @@ def _one_by_one(name: str, info: Any, in_dims: tuple[int | None, ...], *args: An
     dims = [*in_dims, *[None] * (len(args) - len(in_dims))]
     results = []
     for i in range(info.batch_size):
-        example = (arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, dims, strict=True))
+        example = (
+            arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
+            for arg, dim in zip(args, dims, strict=True)
+        )
         results.append(operator(*example))
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0

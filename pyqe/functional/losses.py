@@ -81,7 +81,7 @@ def linear_sampled_bce(
     r"""The Sigmoid Head loss: BCE of the target (label 1) and its sampled negatives (label 0).
 
     .. math:: \text{mean over pairs of } -[y \log\sigma(z) + (1 - y) \log(1 - \sigma(z))],
-              \quad z = \text{scale} \cdot (\langle h, w_v \rangle + b_v) + \text{shift}
+              \quad z = \text{scale} \cdot \langle h, w_v \rangle + b_v + \text{shift}
 
     Differentiable in hidden, weight, bias, scale and shift.
 
@@ -118,8 +118,10 @@ def linear_sampled_bce(
     ids = ids.masked_fill(targets[..., None] < 0, -1)
     labels = torch.zeros_like(ids)
     labels[..., 0] = 1
-    logits = linear_token_logits(hidden, weight, ids, bias, sparse_grad=sparse_grad).masked_fill(ids < 0, 0.0)
-    return sampled_bce(scale * logits + shift, ids, labels, pos_weight=pos_weight, reduction=reduction)
+    logits = scale * linear_token_logits(hidden, weight, ids, sparse_grad=sparse_grad).masked_fill(ids < 0, 0.0) + shift
+    if bias is not None:
+        logits = logits + bias[ids.clamp(min=0)]
+    return sampled_bce(logits, ids, labels, pos_weight=pos_weight, reduction=reduction)
 
 
 def count_excluded(exclude_ids: Tensor, targets: Tensor) -> Tensor:
@@ -142,6 +144,9 @@ def linear_vocab_bce(
     *,
     exclude: Tensor | DominantRule | None = None,
     lm_weight: Tensor | None = None,
+    lm_bias: Tensor | None = None,
+    lm_logit_scale: float = 1.0,
+    lm_logit_softcap: float | None = None,
     bias: Tensor | None = None,
     scale: Tensor | float | None = None,
     shift: Tensor | float | None = None,
@@ -162,12 +167,13 @@ def linear_vocab_bce(
         weight: [V, D] of the Sigmoid Head.
         targets: int64 [...].
         exclude: int64 [..., M] ids padded with -1, or a rule that is applied to the LM's softmax (needs ``lm_weight``).
-        lm_weight: [V, D] of the LM's head, for a rule.
+        lm_weight, lm_bias, lm_logit_scale, lm_logit_softcap: the LM's head, for a rule; see
+            :func:`linear_softmax_stats`.
         bias: [V] or None.
         scale, shift: number(s) that broadcast to [...].
         pos_weight: weight of the positives.
         weights: [...], factor of each position's loss, or None.
-        ignore_index: target of positions to leave out.
+        ignore_index: target of positions to leave out, beside -1.
         reduction: "mean" over the pairs (position, token) that take part, "sum", or "none" ([...], sums per position).
 
     Raises:
@@ -190,15 +196,24 @@ def linear_vocab_bce(
     if isinstance(exclude, DominantRule):
         if lm_weight is None:
             raise ValueError("lm_weight: expected the LM head's weight, as exclude is a rule; got None")
-        exclude = linear_dominant_tokens(hidden.detach(), lm_weight.detach(), exclude).ids
+        exclude = linear_dominant_tokens(
+            hidden.detach(),
+            lm_weight.detach(),
+            exclude,
+            bias=lm_bias,
+            logit_scale=lm_logit_scale,
+            logit_softcap=lm_logit_softcap,
+        ).ids
     exclude_ids = None if exclude is None else id_matrix(exclude, rows, "exclude")
     flat = targets.reshape(-1)
-    kept = flat != ignore_index
+    kept = (flat != ignore_index) & (flat != -1)
     flat = flat.masked_fill(~kept, -1)
     matrix = matrix.masked_fill(~kept[:, None], 0.0)  # zero weight alone would not stop a NaN
     row_weights = kept.to(compute_dtype(matrix))
     if weights is not None:
-        row_weights = row_weights * weights.reshape(-1)
+        if weights.shape != rows:
+            raise ValueError(f"weights: expected {list(rows)}, got {list(weights.shape)}")
+        row_weights = row_weights * weights.reshape(-1).masked_fill(~kept, 0.0)
     if reduction == "mean":
         pairs = kept.sum() * weight.shape[0]
         if exclude_ids is not None:

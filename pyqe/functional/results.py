@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class DominantTokens:
     """Dominant tokens of each row; leading shape [...] is that of the rows.
 
@@ -23,7 +23,7 @@ class DominantTokens:
     mass: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class SoftmaxStats:
     """Softmax statistics of each row; fields that were not asked for are None. Log-probabilities are natural logs.
 
@@ -108,7 +108,7 @@ class SoftmaxStats:
         return torch.where(is_dominant, mass * probs**gamma, probs)
 
 
-@dataclass
+@dataclass(eq=False)
 class SigmoidStats:
     """Sigmoid statistics of each row; fields that were not asked for are None.
 
@@ -131,6 +131,16 @@ class SigmoidStats:
     token_logit: Tensor | None = None
     topk_logits: Tensor | None = None
     topk_ids: Tensor | None = None
+
+    @property
+    def max_logprob(self) -> Tensor:
+        """float [...]: log of the largest sigmoid."""
+        return torch.nn.functional.logsigmoid(self.max_logit)
+
+    @property
+    def token_logprob(self) -> Tensor | None:
+        """float [...] or [..., K]: logs of the sigmoids of ``token_ids``."""
+        return None if self.token_logit is None else torch.nn.functional.logsigmoid(self.token_logit)
 
 
 @dataclass

@@ -159,7 +159,13 @@ def dominant_tokens(logits: Tensor, rule: DominantRule | None = None) -> Dominan
 
 
 def linear_dominant_tokens(
-    hidden: Tensor, weight: Tensor, rule: DominantRule | None = None, *, bias: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    rule: DominantRule | None = None,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
 ) -> DominantTokens:
     """Tokens that may be right as well as the most probable one; see :class:`pyqe.DominantRule`.
 
@@ -167,7 +173,7 @@ def linear_dominant_tokens(
         hidden: [..., D].
         weight: [V, D] of the LM's head.
         rule: default ``DominantRule.jump("last")``.
-        bias: [V] or None.
+        bias, logit_scale, logit_softcap: of the LM's head, as in :func:`linear_softmax_stats`.
 
     Returns:
         ids [..., M] with M = ``rule.max_size(V)``, their number and their total probability.
@@ -180,7 +186,14 @@ def linear_dominant_tokens(
         >>> linear_dominant_tokens(hidden, weight, DominantRule.top_k(2)).ids
         tensor([[0, 1]])
     """
-    dominant = linear_softmax_stats(hidden, weight, bias, dominant=rule or DominantRule()).dominant
+    dominant = linear_softmax_stats(
+        hidden,
+        weight,
+        bias,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        dominant=rule or DominantRule(),
+    ).dominant
     assert dominant is not None
     return dominant
 
@@ -202,6 +215,8 @@ def linear_boosted_prob(
     rule: DominantRule | None = None,
     *,
     bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     gamma: float = 0.0,
 ) -> Tensor:
     """BoostedProb: total probability of the dominant tokens for a token among them, else its own probability.
@@ -211,7 +226,7 @@ def linear_boosted_prob(
         weight: [V, D] of the LM's head.
         token_ids: int64 [...] or [..., K], the emitted tokens.
         rule: default ``DominantRule.jump("last")``.
-        bias: [V] or None.
+        bias, logit_scale, logit_softcap: of the LM's head, as in :func:`linear_softmax_stats`.
         gamma: power of the weighted variant ``mass * p ** gamma`` (the authors use 0.01).
 
     Returns:
@@ -228,5 +243,13 @@ def linear_boosted_prob(
         >>> linear_boosted_prob(hidden, weight, torch.tensor([1]))
         tensor([0.9000])
     """
-    stats = linear_softmax_stats(hidden, weight, bias, token_ids=token_ids, dominant=rule or DominantRule())
+    stats = linear_softmax_stats(
+        hidden,
+        weight,
+        bias,
+        token_ids=token_ids,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        dominant=rule or DominantRule(),
+    )
     return stats.boosted_prob(token_ids, gamma)

@@ -49,39 +49,40 @@ class TextDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         if block_size < 2:
             raise ValueError(f"block_size: expected 2 or more, got {block_size}")
-        self.blocks: list[tuple[list[int], int]] = []
+        self.blocks: list[tuple[list[int], list[int]]] = []  # tokens, and labels of the same length
         bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         if prompts is None:
-            stream = [
-                token for text in texts for token in (*bos, *encode(tokenizer, text, None, is_target=False).text_ids)
-            ]
-            self._add(stream, len(bos), block_size)
+            pieces = [(bos, encode(tokenizer, text, None, is_target=False).text_ids) for text in texts]
+            self._add([pair for before, ids in pieces for pair in _labelled(before, ids)], block_size)
             return
         for text, prompt in zip(texts, prompts, strict=True):
             item = encode(tokenizer, text, prompt, is_target=False)
-            before = item.prompt_ids or bos
-            self._add([*before, *item.text_ids], len(before), block_size)
+            self._add(_labelled(item.prompt_ids or bos, item.text_ids), block_size)
 
-    def _add(self, ids: list[int], unlabelled: int, block_size: int) -> None:
-        for start in range(0, len(ids), block_size):
-            block = ids[start : start + block_size]
-            if len(block) > 1 and start + len(block) > unlabelled:
-                self.blocks.append((block, max(unlabelled - start, 0)))
+    def _add(self, pairs: list[tuple[int, int]], block_size: int) -> None:
+        for start in range(0, len(pairs), block_size):
+            ids, labels = map(list, zip(*pairs[start : start + block_size], strict=True))
+            if any(label != IGNORE_INDEX for label in labels[1:]):
+                self.blocks.append((ids, labels))
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids, unlabelled = self.blocks[index]
-        input_ids = torch.tensor(ids)
-        labels = input_ids.clone()
-        labels[:unlabelled] = IGNORE_INDEX
-        return {"input_ids": input_ids, "labels": labels}
+        ids, labels = self.blocks[index]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
     @property
     def targets(self) -> Tensor:
         """int64: every label, for unigram counts."""
-        return torch.cat([torch.tensor(ids[unlabelled:]) for ids, unlabelled in self.blocks] or [torch.empty(0).long()])
+        return torch.tensor(
+            [x for _, labels in self.blocks for x in labels[1:] if x != IGNORE_INDEX], dtype=torch.int64
+        )
+
+
+def _labelled(before: Sequence[int], ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Tokens with their labels; what comes before the text has none."""
+    return [*((token, IGNORE_INDEX) for token in before), *((token, token) for token in ids)]
 
 
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -94,7 +95,7 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         )
         for name in items[0]
     }
-    if "input_ids" in batch:
+    if "input_ids" in batch and "attention_mask" not in batch:
         batch["attention_mask"] = pad_sequence([torch.ones_like(item["input_ids"]) for item in items], batch_first=True)
     return batch
 
@@ -132,8 +133,10 @@ class HiddenStateDataset(Dataset[dict[str, Tensor]]):
             on_progress: called with the number of positions after each batch.
 
         Raises:
-            ValueError: the model changes its logits in a way that is not known.
+            ValueError: an encoder-decoder, an empty dataset, a model that changes its logits in an unknown way.
         """
+        if lm.config.is_encoder_decoder or len(dataset) == 0:
+            raise ValueError("expected a causal LM and a dataset that is not empty; encoder-decoders train from tokens")
         lm_head = LMHead.from_model(lm)
         parts = []
         with evaluation(lm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +89,8 @@ class TrainingModule(nn.Module):
     def _hidden(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
         lm, _ = self._frozen
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if attention_mask is not None and "position_ids" in inspect.signature(lm.forward).parameters:
+            inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # right with padding on either side
         if lm.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = lm.prepare_decoder_input_ids_from_labels(labels)
         with capture_hidden(lm, skip_logits=True) as captured:

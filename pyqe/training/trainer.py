@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pyqe.heads import SigmoidHead, tokenizer_fingerprint
+from pyqe.lm_head import LMHead
 from pyqe.losses import SigmoidHeadLoss
 from pyqe.training.data import collate
 from pyqe.training.module import TrainingModule
@@ -53,7 +54,7 @@ class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
         **kwargs: ``train_dataset``, ``eval_dataset``, ``callbacks`` and the Trainer's other arguments.
 
     Raises:
-        HeadMismatchError: the head belongs to another vocabulary or hidden size.
+        HeadMismatchError: the head belongs to another vocabulary, hidden size or tokenizer.
         ValueError: gradient clipping together with sparse gradients, which torch does not offer.
 
     Source of the recipe: Dinh & Niehues 2026 (arXiv 2601.00680).
@@ -73,6 +74,7 @@ class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
         if loss.sparse_grad and args.max_grad_norm:
             raise ValueError("max_grad_norm: expected 0 with sparse gradients, which cannot be clipped")
         if tokenizer is not None:
+            head.check_compatible(LMHead.from_model(lm), tokenizer)
             head.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         self.head = head
         module = TrainingModule(lm, head, loss)
