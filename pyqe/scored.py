@@ -53,14 +53,14 @@ class ScoredText:
     finish_reason: Literal["eos", "stop", "length"] | None = None
 
     def aggregate(self, method: Aggregation = "mean", signal: Signal = "quality") -> float | None:
-        """One number for the text, from the tokens that have a score.
+        """One number for the text, from all its tokens but a first one without context.
 
         Args:
             method: "mean", "min", "product", "mean_log" or "sum_log"; of the entropy only the first two.
             signal: which token scores.
 
         Returns:
-            the number, or None where no token has that score.
+            the number, or None where tokens have no score (the first one alone may lack it).
 
         Raises:
             ValueError: unknown names, or an entropy's product or logs.

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import boostedprob
@@ -726,7 +727,7 @@ def test_broken_hidden_states(options: dict[str, Any], value: float) -> None:
             assert np.isfinite(np.delete(scores, 2)).all()
             np.testing.assert_allclose(np.delete(scores, 2), np.delete(getattr(clean, f"token_{signal}"), 2), rtol=1e-5)
         assert spoiled.to_dict()["token_quality"][2] is None
-        assert spoiled.quality == pytest.approx(float(np.delete(spoiled.token_quality, 2).mean()))
+        assert spoiled.quality is None  # what is missing may be what is wrong
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -912,7 +913,7 @@ def _scored(*quality: float) -> ScoredText:
 
 
 def test_aggregate() -> None:
-    item = _scored(0.5, math.nan, 0.25, 1.0)
+    item = _scored(math.nan, 0.5, 0.25, 1.0)
     expected = {
         "mean": 1.75 / 3,
         "min": 0.25,
@@ -923,7 +924,7 @@ def test_aggregate() -> None:
     for method, value in expected.items():
         assert item.aggregate(method) == pytest.approx(value)  # type: ignore[arg-type]
         assert isinstance(item.aggregate(method), float)  # type: ignore[arg-type]
-        for nothing in (_scored(), _scored(math.nan), ScoredText("x")):
+        for nothing in (_scored(), _scored(math.nan), _scored(0.5, math.nan, 0.5), ScoredText("x")):
             assert nothing.aggregate(method) is None  # type: ignore[arg-type]
         assert item.aggregate(method, "prob") is None  # type: ignore[arg-type]
     assert item.quality == pytest.approx(1.75 / 3)
@@ -979,3 +980,13 @@ def test_importing_pyqe_does_not_import_torch() -> None:
         "assert all(getattr(pyqe, name) is not None for name in pyqe.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_threads_on_one_model_do_not_mix_their_texts() -> None:
+    lm, texts = model(), ["The cat sat", "one two three four five", "x", "A dog, and another dog!"]
+    estimators = [QualityEstimator(lm, tokenizer()) for _ in range(2)]
+    alone = {text: estimators[0].score([text])[0].token_prob for text in texts}
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [(text, pool.submit(estimators[i % 2].score, [text])) for i, text in enumerate(texts * 10)]
+        for text, job in jobs:
+            assert np.array_equal(job.result()[0].token_prob, alone[text])

@@ -19,6 +19,7 @@ from pyqe.backends.registry import select
 from pyqe.dominant import DominantRule
 
 _library = torch.library.Library("pyqe", "DEF")
+_defined: list[str] = []
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _LM_HEAD = f"{_HEAD}, float logit_scale, float? logit_softcap"
@@ -49,6 +50,7 @@ def _define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) -
     _library.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyqe::{name}", fake, lib=_library)
+    _defined.append(name)
     torch.library.register_vmap(f"pyqe::{name}", partial(_one_by_one, name), lib=_library)
 
 
@@ -301,9 +303,19 @@ def _inverse_softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     return torch.where(probs > ctx.eps, grad / probs, 0.0).to(probs.dtype), None, None
 
 
-for _name, _backward, _setup in (
-    ("linear_token_logits", _token_logits_backward, _token_logits_setup),
-    ("linear_vocab_bce", _vocab_bce_backward, _vocab_bce_setup),
-    ("inverse_softmax", _inverse_softmax_backward, _inverse_softmax_setup),
-):
+def _no_gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.mark_non_differentiable(*([output] if isinstance(output, Tensor) else output))
+
+
+def _no_gradient(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError("this operator has no gradient")
+
+
+_DIFFERENTIABLE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "linear_token_logits": (_token_logits_backward, _token_logits_setup),
+    "linear_vocab_bce": (_vocab_bce_backward, _vocab_bce_setup),
+    "inverse_softmax": (_inverse_softmax_backward, _inverse_softmax_setup),
+}
+for _name in _defined:  # results of the others do not require a gradient, whatever their inputs do
+    _backward, _setup = _DIFFERENTIABLE.get(_name, (_no_gradient, _no_gradient_setup))
     torch.library.register_autograd(f"pyqe::{_name}", _backward, setup_context=_setup, lib=_library)
