@@ -983,8 +983,8 @@ def test_importing_pyqe_does_not_import_torch() -> None:
 
 
 def test_threads_on_one_model_do_not_mix_their_texts() -> None:
-    lm, texts = model(), ["The cat sat", "one two three four five", "x", "A dog, and another dog!"]
-    estimators = [QualityEstimator(lm, tokenizer()) for _ in range(2)]
+    lm, texts = tiny.model(), ["The cat sat", "one two three four five", "x", "A dog, and another dog!"]
+    estimators = [QualityEstimator(lm, tiny.tokenizer()) for _ in range(2)]
     alone = {text: estimators[0].score([text])[0].token_prob for text in texts}
     with ThreadPoolExecutor(4) as pool:
         jobs = [(text, pool.submit(estimators[i % 2].score, [text])) for i, text in enumerate(texts * 10)]
