@@ -100,11 +100,12 @@ def training_texts() -> list[str]:
 def train_head(model: Any, tokenizer: Any, folder: Path, say: Say) -> SigmoidHead:
     """Train a low-rank head and save it; says how the held-out loss fell."""
     from tqdm import tqdm
-    from transformers import PrinterCallback
+    from transformers import PrinterCallback, set_seed
 
     from pyqe.training import HiddenStateDataset, SigmoidHeadTrainer, SigmoidHeadTrainingArguments, TextDataset
     from pyqe.training.trainer import LossBar
 
+    set_seed(0)
     text = TextDataset(tokenizer, training_texts(), block_size=BLOCK_SIZE)
     text.blocks = text.blocks[: TOKENS // BLOCK_SIZE]
     with tqdm(total=TOKENS, unit=" tokens", desc="hidden states", disable=None) as bar:
