@@ -196,9 +196,15 @@ def test_ctrl_c_saves_a_checkpoint_and_stops(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) == previous
 
 
-def test_clipping_sparse_gradients_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="max_grad_norm"):
-        trainer(tmp_path, sparse=True, max_grad_norm=1.0)
+@pytest.mark.parametrize("option", ["max_grad_norm", "weight_decay"])
+def test_what_sparse_gradients_cannot_have_is_refused(tmp_path: Path, option: str) -> None:
+    with pytest.raises(ValueError, match=option):
+        trainer(tmp_path, sparse=True, **{option: 1.0})
+
+
+def test_weight_decay_is_honoured(tmp_path: Path) -> None:
+    groups = trainer(tmp_path, weight_decay=0.1).create_optimizer().param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
 
 
 def test_row_adam_is_adam_on_dense_and_sparse_adam_on_sparse_gradients() -> None:

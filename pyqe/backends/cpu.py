@@ -15,9 +15,9 @@ try:
 except ImportError as error:  # the package runs on the reference backend without it; `pyqe doctor` says why
     _import_error = str(error)
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CENTER_CODES = {"none": 0, "mean": 1, "logsumexp": 2}
-DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+DTYPES = frozenset(_DTYPE_CODES)
 
 
 def unavailable() -> str | None:

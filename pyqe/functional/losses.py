@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -137,6 +137,12 @@ def _kept_rows(value: Tensor | float | None, kept: Tensor, rows: torch.Size, lik
     return None if numbers is None else numbers.masked_fill(~kept, 0.0)
 
 
+def _kept_weights(weights: Tensor, kept: Tensor, rows: torch.Size) -> Tensor:
+    if weights.shape != rows:
+        raise ValueError(f"weights: expected {list(rows)}, got {list(weights.shape)}")
+    return weights.reshape(-1).masked_fill(~kept, 0.0)
+
+
 def linear_vocab_bce(
     hidden: Tensor,
     weight: Tensor,
@@ -196,14 +202,8 @@ def linear_vocab_bce(
     if isinstance(exclude, DominantRule):
         if lm_weight is None:
             raise ValueError("lm_weight: expected the LM head's weight, as exclude is a rule; got None")
-        exclude = linear_dominant_tokens(
-            hidden.detach(),
-            lm_weight.detach(),
-            exclude,
-            bias=lm_bias,
-            logit_scale=lm_logit_scale,
-            logit_softcap=lm_logit_softcap,
-        ).ids
+        options: dict[str, Any] = {"logit_scale": lm_logit_scale, "logit_softcap": lm_logit_softcap}
+        exclude = linear_dominant_tokens(hidden, lm_weight, exclude, bias=lm_bias, **options).ids
     exclude_ids = None if exclude is None else id_matrix(exclude, rows, "exclude")
     flat = targets.reshape(-1)
     kept = (flat != ignore_index) & (flat != -1)
@@ -211,9 +211,7 @@ def linear_vocab_bce(
     matrix = matrix.masked_fill(~kept[:, None], 0.0)  # zero weight alone would not stop a NaN
     row_weights = kept.to(compute_dtype(matrix))
     if weights is not None:
-        if weights.shape != rows:
-            raise ValueError(f"weights: expected {list(rows)}, got {list(weights.shape)}")
-        row_weights = row_weights * weights.reshape(-1).masked_fill(~kept, 0.0)
+        row_weights = row_weights * _kept_weights(weights, kept, rows)
     if reduction == "mean":
         pairs = kept.sum() * weight.shape[0]
         if exclude_ids is not None:

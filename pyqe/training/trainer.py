@@ -55,7 +55,7 @@ class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
 
     Raises:
         HeadMismatchError: the head belongs to another vocabulary, hidden size or tokenizer.
-        ValueError: gradient clipping together with sparse gradients, which torch does not offer.
+        ValueError: gradient clipping or weight decay together with sparse gradients.
 
     Source of the recipe: Dinh & Niehues 2026 (arXiv 2601.00680).
     """
@@ -71,8 +71,9 @@ class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
         data_collator: Any = collate,
         **kwargs: Any,
     ) -> None:
-        if loss.sparse_grad and args.max_grad_norm:
-            raise ValueError("max_grad_norm: expected 0 with sparse gradients, which cannot be clipped")
+        for name in ("max_grad_norm", "weight_decay"):
+            if loss.sparse_grad and getattr(args, name):
+                raise ValueError(f"{name}: expected 0 with sparse gradients, got {getattr(args, name)}")
         if tokenizer is not None:
             head.check_compatible(LMHead.from_model(lm), tokenizer)
             head.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
@@ -82,15 +83,19 @@ class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
         self.label_names = ["labels"]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Adam in two groups, as scale and shift have a learning rate of their own; by rows for sparse gradients."""
+        """AdamW in two groups, as scale and shift have a learning rate of their own; :class:`RowAdam` if sparse."""
         if self.optimizer is None:  # type: ignore[has-type]
             affine = [self.head.scale, self.head.shift]
             rest = [p for p in self.head.parameters() if p.requires_grad and all(p is not a for a in affine)]
             groups = [{"params": affine, "lr": self.args.affine_learning_rate}, {"params": rest}]
             groups = [group for group in groups if group["params"]]
-            kind = RowAdam if self.model.loss.sparse_grad else torch.optim.Adam
             betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = kind(groups, lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon)
+            options = {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon}
+            self.optimizer = (
+                RowAdam(groups, **options)
+                if self.model.loss.sparse_grad
+                else torch.optim.AdamW(groups, weight_decay=self.args.weight_decay, **options)
+            )
         return self.optimizer
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
