@@ -10,6 +10,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/operations.h"
+#include "cpu/statistics.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -85,6 +86,76 @@ void inverse_softmax(Address probs, Address out, std::int64_t n, std::int64_t cl
   cpu::inverse_softmax(args, threads);
 }
 
+cpu::Logits existing_logits(Address logits, std::int64_t n, std::int64_t vocab, std::int64_t stride,
+                            int dtype) {
+  cpu::Logits from = {};
+  from.logits = matrix(logits, stride);
+  from.n = n, from.vocab = vocab;
+  from.dtype = static_cast<DType>(dtype);
+  return from;
+}
+
+cpu::Logits linear_logits(Address hidden, Address weight, Address bias, Address row_scale, Address row_shift,
+                          double scale, double bias_scale, double softcap, std::int64_t n, std::int64_t dim,
+                          std::int64_t vocab, std::int64_t hidden_stride, std::int64_t weight_stride,
+                          int dtype) {
+  cpu::Logits from = {};
+  from.hidden = matrix(hidden, hidden_stride);
+  from.weight = matrix(weight, weight_stride);
+  from.bias = pointer<const void>(bias);
+  from.row_scale = pointer<const float>(row_scale);
+  from.row_shift = pointer<const float>(row_shift);
+  from.scale = static_cast<float>(scale), from.bias_scale = static_cast<float>(bias_scale);
+  from.softcap = static_cast<float>(softcap);
+  from.n = n, from.dim = dim, from.vocab = vocab;
+  from.dtype = static_cast<DType>(dtype);
+  return from;
+}
+
+DominantRule dominant_rule(int kind, bool last_cut, double ratio, double epsilon, double p, std::int64_t k) {
+  return {static_cast<DominantKind>(kind), last_cut, ratio, epsilon, p, k};
+}
+
+void softmax_stats(const cpu::Logits& logits, const DominantRule& rule, Address token_ids,
+                   Address token_logits, std::int64_t n_tokens, Address max_logit, Address max_logprob,
+                   Address argmax, Address entropy, Address tempered, double temperature, Address topk_logits,
+                   Address topk_ids, std::int64_t top_k, Address dominant_ids, Address size, Address mass,
+                   std::int64_t members, int threads) {
+  cpu::SoftmaxStats args = {};
+  args.logits = logits;
+  args.rule = rule;
+  args.token_ids = pointer<const std::int64_t>(token_ids);
+  args.token_logits = pointer<float>(token_logits);
+  args.n_tokens = n_tokens, args.top_k = top_k, args.members = members;
+  args.temperature = temperature;
+  args.max_logit = pointer<float>(max_logit), args.max_logprob = pointer<float>(max_logprob);
+  args.argmax = pointer<std::int64_t>(argmax);
+  args.entropy = pointer<float>(entropy), args.tempered = pointer<float>(tempered);
+  args.topk_logits = pointer<float>(topk_logits), args.topk_ids = pointer<std::int64_t>(topk_ids);
+  args.dominant_ids = pointer<std::int64_t>(dominant_ids), args.size = pointer<std::int64_t>(size);
+  args.mass = pointer<float>(mass);
+  cpu::softmax_stats(args, threads);
+}
+
+void copy_logits(const cpu::Logits& logits, Address to, int threads) {
+  cpu::copy_logits(logits, pointer<float>(to), threads);
+}
+
+void sigmoid_stats(const cpu::Logits& logits, Address token_ids, Address token_logits, std::int64_t n_tokens,
+                   Address max_logit, Address argmax, Address sum_prob, Address count_above, double threshold,
+                   Address topk_logits, Address topk_ids, std::int64_t top_k, int threads) {
+  cpu::SigmoidStats args = {};
+  args.logits = logits;
+  args.token_ids = pointer<const std::int64_t>(token_ids);
+  args.token_logits = pointer<float>(token_logits);
+  args.n_tokens = n_tokens, args.top_k = top_k;
+  args.threshold = static_cast<float>(threshold);
+  args.max_logit = pointer<float>(max_logit), args.sum_prob = pointer<float>(sum_prob);
+  args.argmax = pointer<std::int64_t>(argmax), args.count_above = pointer<std::int64_t>(count_above);
+  args.topk_logits = pointer<float>(topk_logits), args.topk_ids = pointer<std::int64_t>(topk_ids);
+  cpu::sigmoid_stats(args, threads);
+}
+
 int max_threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -135,5 +206,25 @@ PYBIND11_MODULE(_C, module) {
              arg("threads"));
   module.def("inverse_softmax", inverse_softmax, WithoutGil(), arg("probs"), arg("out"), py::kw_only(),
              arg("n"), arg("classes"), arg("probs_stride"), arg("eps"), arg("center"), arg("dtype"),
+             arg("threads"));
+
+  py::class_<cpu::Logits>(module, "Logits");
+  module.def("existing_logits", existing_logits, arg("logits"), py::kw_only(), arg("n"), arg("vocab"),
+             arg("stride"), arg("dtype"));
+  module.def("linear_logits", linear_logits, arg("hidden"), arg("weight"), arg("bias"), arg("row_scale"),
+             arg("row_shift"), py::kw_only(), arg("scale"), arg("bias_scale"), arg("softcap"), arg("n"),
+             arg("dim"), arg("vocab"), arg("hidden_stride"), arg("weight_stride"), arg("dtype"));
+  py::class_<DominantRule>(module, "DominantRule");
+  module.def("dominant_rule", dominant_rule, py::kw_only(), arg("kind"), arg("last_cut"), arg("ratio"),
+             arg("epsilon"), arg("p"), arg("k"));
+  module.def("softmax_stats", softmax_stats, WithoutGil(), arg("logits"), arg("rule"), py::kw_only(),
+             arg("token_ids"), arg("token_logits"), arg("n_tokens"), arg("max_logit"), arg("max_logprob"),
+             arg("argmax"), arg("entropy"), arg("tempered"), arg("temperature"), arg("topk_logits"),
+             arg("topk_ids"), arg("top_k"), arg("dominant_ids"), arg("size"), arg("mass"), arg("members"),
+             arg("threads"));
+  module.def("copy_logits", copy_logits, WithoutGil(), arg("logits"), arg("to"), py::kw_only(), arg("threads"));
+  module.def("sigmoid_stats", sigmoid_stats, WithoutGil(), arg("logits"), py::kw_only(), arg("token_ids"),
+             arg("token_logits"), arg("n_tokens"), arg("max_logit"), arg("argmax"), arg("sum_prob"),
+             arg("count_above"), arg("threshold"), arg("topk_logits"), arg("topk_ids"), arg("top_k"),
              arg("threads"));
 }

@@ -3,6 +3,7 @@
 
 #include "cpu/inverse_softmax_kernels.h"
 #include "cpu/kernels.h"
+#include "cpu/scan_kernels.h"
 #include "cpu/token_logits_kernels.h"
 
 namespace pyqe::cpu {
@@ -27,6 +28,9 @@ constexpr Kernels kernel_table() {
           token_logits_backward_weight<Isa, decltype(element)>(args, begin, end);
         });
       },
+      panel_shape<Isa>,
+      pack_rows<Isa>,
+      scan_segments<Isa>,
       inverse_softmax<Isa>,
   };
 }

@@ -202,6 +202,11 @@ def _dominant(logits: Tensor, maximum: Tensor, log_sum: Tensor, rule: DominantRu
     )
 
 
+def dominant_of(logits: Tensor, rule: DominantRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Dominant ids [n, M], their number and their mass, of logits [n, V]."""
+    return _dominant(logits, *_normaliser(logits), rule)
+
+
 def _logsumexp(logits: Tensor) -> Tensor:
     maximum, log_sum = _normaliser(logits)
     return maximum + log_sum
