@@ -10,6 +10,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/operations.h"
+#include "cpu/sampling.h"
 #include "cpu/statistics.h"
 
 #ifdef _OPENMP
@@ -156,6 +157,29 @@ void sigmoid_stats(const cpu::Logits& logits, Address token_ids, Address token_l
   cpu::sigmoid_stats(args, threads);
 }
 
+// Sources as (softmax, unigram, uniform, count).
+using Sources = std::vector<std::tuple<double, double, double, std::int64_t>>;
+
+void sample_negatives(const cpu::Logits& logits, const DominantRule& exclude, const Sources& sources,
+                      Address targets, std::int64_t members, double beta, Address factor, Address counts,
+                      std::uint64_t seed, Address ids, Address undecided, int threads) {
+  std::vector<cpu::Source> parts;
+  for (const auto& [softmax, unigram, uniform, count] : sources)
+    parts.push_back({softmax, unigram, uniform, count});
+  cpu::SampleNegatives args = {};
+  args.logits = logits;
+  args.exclude = exclude;
+  args.sources = parts.data(), args.n_sources = static_cast<std::int64_t>(parts.size());
+  args.targets = pointer<const std::int64_t>(targets);
+  args.members = members;
+  args.beta = static_cast<float>(beta);
+  args.factor = pointer<const float>(factor), args.counts = pointer<const float>(counts);
+  args.seed = seed;
+  args.ids = pointer<std::int64_t>(ids), args.undecided = pointer<std::int64_t>(undecided);
+  const py::gil_scoped_release release;
+  cpu::sample_negatives(args, threads);
+}
+
 int max_threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -222,9 +246,13 @@ PYBIND11_MODULE(_C, module) {
              arg("argmax"), arg("entropy"), arg("tempered"), arg("temperature"), arg("topk_logits"),
              arg("topk_ids"), arg("top_k"), arg("dominant_ids"), arg("size"), arg("mass"), arg("members"),
              arg("threads"));
-  module.def("copy_logits", copy_logits, WithoutGil(), arg("logits"), arg("to"), py::kw_only(), arg("threads"));
+  module.def("copy_logits", copy_logits, WithoutGil(), arg("logits"), arg("to"), py::kw_only(),
+             arg("threads"));
   module.def("sigmoid_stats", sigmoid_stats, WithoutGil(), arg("logits"), py::kw_only(), arg("token_ids"),
              arg("token_logits"), arg("n_tokens"), arg("max_logit"), arg("argmax"), arg("sum_prob"),
              arg("count_above"), arg("threshold"), arg("topk_logits"), arg("topk_ids"), arg("top_k"),
              arg("threads"));
+  module.def("sample_negatives", sample_negatives, arg("logits"), arg("exclude"), arg("sources"),
+             py::kw_only(), arg("targets"), arg("members"), arg("beta"), arg("factor"), arg("counts"),
+             arg("seed"), arg("ids"), arg("undecided"), arg("threads"));
 }

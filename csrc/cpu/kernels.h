@@ -19,7 +19,10 @@ struct Kernels {
                     std::int64_t end, float* packed);  // panels
   void (*scan)(const Scan&, std::int64_t row_begin, std::int64_t row_end, std::int64_t begin,
                std::int64_t end,
-               int thread);                                                              // segments
+               int thread);  // segments
+  void (*tile_logits)(const Logits&, std::int64_t first_id, std::int64_t count, const std::int64_t* rows,
+                      std::int64_t n_rows, float* out);  // out [n_rows, kTile]
+  void (*scaled_exp)(float* z, std::int64_t count, float base, float beta);
   void (*inverse_softmax)(const InverseSoftmax&, std::int64_t begin, std::int64_t end);  // rows, fp32 only
 };
 

@@ -84,6 +84,8 @@ struct Scan {
   SigmoidPartial* sigmoid_partials;             // [rows, segments]
   Candidates* lists;                            // [threads, rows]
   TileSum* tile_sums;                           // [rows, tiles]
+  float tile_beta;                              // 1 / T of tile_sums
+  const float* factors;                         // [vocab], of the terms of tile_sums; null: 1
   void (*make_room)(const Scan&, Candidates&);  // throws out what cannot matter, or makes the list longer
   void* keeper;                                 // of make_room
 };

@@ -30,10 +30,6 @@ void truncate(Candidates& list, std::int64_t keep) {
   list.size = keep;
 }
 
-// How many rows are scanned before their results are merged: partial results take 1 % of what their logits
-// would.
-std::int64_t group_rows(const Logits& logits) { return logits.logits.data ? 64 : 1024; }
-
 void scan_group(const Scan& scan, int threads) {
   const Logits& from = scan.logits;
   const auto compute = kernels().scan;
@@ -55,6 +51,25 @@ void scan_group(const Scan& scan, int threads) {
 }
 
 }  // namespace
+
+Selection selection_for(const DominantRule& rule, std::int64_t members, std::int64_t top_k) {
+  // A rule without a bound on its members is decided on this many; rows with more take a second look.
+  constexpr std::int64_t kUnboundedMembers = 256;
+  switch (rule.kind) {
+    case DominantKind::kNone:
+      break;
+    case DominantKind::kJump:
+    case DominantKind::kEpsilon:
+      return {std::max(top_k, members + 1), top_k, rule.epsilon};
+    case DominantKind::kTopK:
+      return {std::max(top_k, members), 0, 0};
+    case DominantKind::kTopP:
+    case DominantKind::kMinP:
+    case DominantKind::kEta:
+      return {std::max(top_k, std::min(members, kUnboundedMembers)), 0, 0};
+  }
+  return {top_k, 0, 0};
+}
 
 Candidates* CandidateKeeper::reset(std::int64_t rows) {
   rows_ = rows;
@@ -147,6 +162,16 @@ SigmoidPartial merged_sigmoid(const Scan& scan, std::int64_t row) {
   return total;
 }
 
+std::int64_t dominant_size(const DominantRule& rule, std::int64_t members, std::int64_t vocab,
+                           const std::vector<Candidate>& found, float dropped, const SoftmaxPartial& total,
+                           double entropy) {
+  std::vector<double> probs;
+  for (const Candidate& candidate : found) probs.push_back(probability(candidate.logit, total));
+  const std::int64_t count = static_cast<std::int64_t>(probs.size());
+  const double next = count == vocab ? std::nan("") : probability(dropped, total);
+  return std::min(pyqe::dominant_size(rule, probs.data(), count, next, entropy, vocab), members);
+}
+
 std::vector<float> packed_rows(const Logits& from, std::int64_t first_row, std::int64_t rows, int threads) {
   const PanelShape shape = kernels().panel_shape(from.dtype, from.dim);
   const std::int64_t panels = (rows + shape.rows - 1) / shape.rows, size = shape.rows * shape.depth;
@@ -157,8 +182,12 @@ std::vector<float> packed_rows(const Logits& from, std::int64_t first_row, std::
   return packed;
 }
 
+// How many rows are scanned before their results are merged: partial results take 1 % of what their logits
+// would.
+std::int64_t group_rows(const Logits& logits) { return logits.logits.data ? 64 : 1024; }
+
 void run_scan(Scan scan, CandidateKeeper* keeper, int threads,
-              const std::function<void(const Scan& scan, std::int64_t row)>& finish) {
+              const std::function<void(const Scan&)>& finish) {
   const Logits& from = scan.logits;
   const std::int64_t step = group_rows(from), largest = std::min(step, from.n);
   scan.segments = segments_of(from.vocab);
@@ -169,19 +198,14 @@ void run_scan(Scan scan, CandidateKeeper* keeper, int threads,
   scan.candidates = keeper != nullptr;
   scan.keeper = keeper;
   scan.make_room = make_room;
-  TileSum* tile_sums = scan.tile_sums;
   for (scan.first_row = 0; scan.first_row < from.n; scan.first_row += step) {
     scan.rows = std::min(step, from.n - scan.first_row);
     std::vector<float> packed;
     if (!from.logits.data) packed = packed_rows(from, scan.first_row, scan.rows, threads);
     scan.packed_rows = packed.data();
     if (keeper) scan.lists = keeper->reset(scan.rows);
-    if (tile_sums) scan.tile_sums = tile_sums + scan.first_row * ((from.vocab + kTile - 1) / kTile);
     scan_group(scan, threads);
-    parallel_for(scan.rows, scan.rows * scan.segments * 64, threads,
-                 [&](std::int64_t begin, std::int64_t end) {
-                   for (std::int64_t row = begin; row < end; ++row) finish(scan, row);
-                 });
+    finish(scan);
   }
 }
 

@@ -145,12 +145,12 @@ void add_candidates(const Scan& scan, const float* z, std::int64_t count, std::i
   }
 }
 
-// z[0, count) lie in one tile, from `within` tokens after its start on.
+// z[0, count) are the logits of tokens of one tile, from first_id on.
 template <class Isa>
-void add_tile(const Scan& scan, const float* z, std::int64_t count, std::int64_t within, TileSum& tile) {
+void add_tile(const Scan& scan, const float* z, std::int64_t count, std::int64_t first_id, TileSum& tile) {
   using F32 = typename Isa::F32;
-  const float beta = scan.inverse_temperature, largest = largest_of<Isa>(z, count);
-  if (within == 0) tile = {-kInfinity, 0};
+  const float beta = scan.tile_beta, largest = largest_of<Isa>(z, count);
+  if (first_id % kTile == 0) tile = {-kInfinity, 0};
   if (largest > tile.max) {
     if (tile.max != -kInfinity) {
       tile.sum *= static_cast<float>(__builtin_exp((static_cast<double>(tile.max) - largest) * beta));
@@ -159,7 +159,19 @@ void add_tile(const Scan& scan, const float* z, std::int64_t count, std::int64_t
   }
   const F32 base = broadcast<Isa>(tile.max == -kInfinity ? 0.0f : tile.max);
   F32 sum = {};
-  for_each_vector<Isa>(z, count, [&](F32 v) { sum += exp<Isa>((v - base) * beta); });
+  if (scan.factors) {
+    const float* factor = scan.factors + first_id;
+    std::int64_t rest = count;
+    for_each_vector<Isa>(z, count, [&](F32 v) {
+      F32 f = {};
+      __builtin_memcpy(&f, factor,
+                       static_cast<std::size_t>(rest < Isa::kWidth ? rest : Isa::kWidth) * sizeof(float));
+      factor += Isa::kWidth, rest -= Isa::kWidth;
+      sum = Isa::fma(f, exp<Isa>((v - base) * beta), sum);
+    });
+  } else {
+    for_each_vector<Isa>(z, count, [&](F32 v) { sum += exp<Isa>((v - base) * beta); });
+  }
   tile.sum += Isa::sum(sum);
 }
 
@@ -179,7 +191,7 @@ void consume(const Scan& scan, const float* z, std::int64_t count, std::int64_t 
     const std::int64_t tiles = (scan.logits.vocab + kTile - 1) / kTile;
     for (std::int64_t i = 0; i < count; i += kTile) {
       const std::int64_t size = count - i < kTile ? count - i : kTile, id = first_id + i;
-      add_tile<Isa>(scan, z + i, size, id % kTile, scan.tile_sums[row * tiles + id / kTile]);
+      add_tile<Isa>(scan, z + i, size, id, scan.tile_sums[row * tiles + id / kTile]);
     }
   }
   if (scan.copy) {
@@ -256,7 +268,7 @@ struct LinearTile {
   typename Product::Session session = {};
   std::int64_t depth = Product::depth(from.dim);
   std::int64_t columns = chunk_columns<Product>(depth);
-  float* packed = scratch(columns * depth + (Product::kRows + 1) * columns);
+  float* packed = scratch(columns * depth + (Product::kRows + 1) * columns + Product::kRows * depth);
   float* products = packed + columns * depth;
   float* bias = products + Product::kRows * columns;
 
@@ -345,6 +357,54 @@ void scan_segments(const Scan& scan, std::int64_t row_begin, std::int64_t row_en
       for (std::int64_t s = begin; s < end; ++s) scan_row<Isa, T>(scan, row, s, thread);
     }
   });
+}
+
+// Logits of the tokens [first_id, first_id + count), at most a tile, for the listed rows: out [rows, kTile].
+template <class Isa>
+void tile_logits(const Logits& from, std::int64_t first_id, std::int64_t count, const std::int64_t* list,
+                 std::int64_t rows, float* out) {
+  with_element_type(from.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (from.logits.data) {
+      const Rows source = {&from.logits, list, 0};
+      for (std::int64_t r = 0; r < rows; ++r, out += kTile) {
+        const float* z = as_floats<Isa>(source.at<T>(r) + first_id, count, out);
+        if (z != out) __builtin_memcpy(out, z, static_cast<std::size_t>(count) * sizeof(float));
+      }
+      return;
+    }
+    LinearTile<Isa, T> tile{from};
+    using Product = typename LinearTile<Isa, T>::Product;
+    float* panel = tile.bias + tile.columns;
+    for (std::int64_t done = 0; done < count; done += tile.columns) {
+      const std::int64_t columns = count - done < tile.columns ? count - done : tile.columns;
+      tile.load(first_id + done, columns);
+      for (std::int64_t row = 0; row < rows; row += Product::kRows) {
+        const std::int64_t some = rows - row < Product::kRows ? rows - row : Product::kRows;
+        Product::pack_rows({&from.hidden, list, row}, some, from.dim, panel);
+        tile.multiply(panel, some, columns, list, row, [&](std::int64_t r, const float* z) {
+          __builtin_memcpy(out + (row + r) * kTile + done, z,
+                           static_cast<std::size_t>(columns) * sizeof(float));
+        });
+      }
+    }
+  });
+}
+
+// z = e^((z - base) beta)
+template <class Isa>
+void scaled_exp(float* z, std::int64_t count, float base, float beta) {
+  std::int64_t i = 0;
+  for (; i + Isa::kWidth <= count; i += Isa::kWidth) {
+    const typename Isa::F32 v = exp<Isa>((load_vector<Isa>(z + i) - base) * beta);
+    __builtin_memcpy(z + i, &v, sizeof v);
+  }
+  if (i == count) return;
+  float end[Isa::kWidth] = {};
+  const std::size_t rest = static_cast<std::size_t>(count - i) * sizeof(float);
+  __builtin_memcpy(end, z + i, rest);
+  const typename Isa::F32 v = exp<Isa>((load_vector<Isa>(end) - base) * beta);
+  __builtin_memcpy(z + i, &v, rest);
 }
 
 // --- packed rows -------------------------------------------------------------------------------------------

@@ -13,33 +13,6 @@ namespace {
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// A rule without a bound on its members is decided on this many; rows with more are left to the caller.
-constexpr std::int64_t kUnboundedMembers = 256;
-
-Selection selection_of(const SoftmaxStats& args) {
-  Selection selection;
-  selection.exact = args.top_k;
-  switch (args.rule.kind) {
-    case DominantKind::kNone:
-      selection.count = args.top_k;
-      break;
-    case DominantKind::kJump:
-    case DominantKind::kEpsilon:
-      selection.count = std::max(args.top_k, args.members + 1);
-      selection.epsilon = args.rule.epsilon;
-      break;
-    case DominantKind::kTopK:
-      selection.exact = selection.count = std::max(args.top_k, args.members);
-      break;
-    case DominantKind::kTopP:
-    case DominantKind::kMinP:
-    case DominantKind::kEta:
-      selection.exact = selection.count = std::max(args.top_k, std::min(args.members, kUnboundedMembers));
-      break;
-  }
-  return selection;
-}
-
 Scan scan_of(const Logits& logits, const std::int64_t* token_ids, std::int64_t n_tokens,
              float* token_logits) {
   check_token_ids(token_ids, logits.n, n_tokens, logits.vocab);
@@ -77,18 +50,13 @@ void write_dominant(const SoftmaxStats& args, const std::vector<Candidate>& foun
   args.size[row] = 0;
   args.mass[row] = kNan;
   if (!valid) return;
-  const auto prob = [&](float logit) { return std::exp(static_cast<double>(logit) - total.max) / total.sum; };
-  std::vector<double> probs;
-  for (const Candidate& candidate : found) probs.push_back(prob(candidate.logit));
-  const std::int64_t count = static_cast<std::int64_t>(probs.size());
-  const double next = count == args.logits.vocab ? std::nan("") : prob(dropped);
   const std::int64_t size =
-      std::min(dominant_size(args.rule, probs.data(), count, next, entropy, args.logits.vocab), args.members);
+      dominant_size(args.rule, args.members, args.logits.vocab, found, dropped, total, entropy);
   args.size[row] = size;
   double mass = 0;
   for (std::int64_t i = 0; i < size; ++i) {
     ids[i] = found[static_cast<std::size_t>(i)].id;
-    mass += probs[static_cast<std::size_t>(i)];
+    mass += probability(found[static_cast<std::size_t>(i)].logit, total);
   }
   args.mass[row] = static_cast<float>(mass);
 }
@@ -97,9 +65,9 @@ void finish_softmax(const SoftmaxStats& args, const Scan& scan, const CandidateK
                     std::int64_t in_group) {
   const std::int64_t row = scan.first_row + in_group;
   const SoftmaxPartial total = merged_softmax(scan, in_group);
-  const bool valid = std::isfinite(total.max) && !std::isnan(total.sum);
+  const bool valid = is_distribution(total);
   const double log_sum = std::log(total.sum);
-  const double entropy = std::max(0.0, log_sum - total.weighted / total.sum);
+  const double entropy = entropy_of(total);
   args.max_logit[row] = valid ? total.max : kNan;
   args.max_logprob[row] = valid ? static_cast<float>(-log_sum) : kNan;
   args.argmax[row] = valid ? total.argmax : -1;
@@ -144,11 +112,12 @@ void softmax_stats(const SoftmaxStats& args, int threads) {
   scan.softmax = true;
   scan.entropy = args.entropy != nullptr || args.rule.kind == DominantKind::kEta;
   scan.inverse_temperature = args.tempered ? static_cast<float>(1 / args.temperature) : 0;
-  const Selection selection = selection_of(args);
+  const Selection selection = selection_for(args.rule, args.members, args.top_k);
   CandidateKeeper keeper(selection, threads);
   CandidateKeeper* wanted = selection.count > 0 ? &keeper : nullptr;
-  run_scan(scan, wanted, threads,
-           [&](const Scan& group, std::int64_t row) { finish_softmax(args, group, wanted, row); });
+  run_scan(scan, wanted, threads, [&](const Scan& group) {
+    for_each_row(group, threads, [&](std::int64_t row) { finish_softmax(args, group, wanted, row); });
+  });
 }
 
 void sigmoid_stats(const SigmoidStats& args, int threads) {
@@ -158,8 +127,9 @@ void sigmoid_stats(const SigmoidStats& args, int threads) {
   if (args.count_above) scan.threshold = args.threshold;
   CandidateKeeper keeper({args.top_k, args.top_k, 0}, threads);
   CandidateKeeper* wanted = args.top_k > 0 ? &keeper : nullptr;
-  run_scan(scan, wanted, threads,
-           [&](const Scan& group, std::int64_t row) { finish_sigmoid(args, group, wanted, row); });
+  run_scan(scan, wanted, threads, [&](const Scan& group) {
+    for_each_row(group, threads, [&](std::int64_t row) { finish_sigmoid(args, group, wanted, row); });
+  });
 }
 
 void copy_logits(const Logits& logits, float* to, int threads) {
@@ -167,7 +137,7 @@ void copy_logits(const Logits& logits, float* to, int threads) {
   Scan scan = {};
   scan.logits = logits;
   scan.copy = to;
-  run_scan(scan, nullptr, threads, [](const Scan&, std::int64_t) {});
+  run_scan(scan, nullptr, threads, [](const Scan&) {});
 }
 
 }  // namespace pyqe::cpu

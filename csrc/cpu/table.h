@@ -31,6 +31,8 @@ constexpr Kernels kernel_table() {
       panel_shape<Isa>,
       pack_rows<Isa>,
       scan_segments<Isa>,
+      tile_logits<Isa>,
+      scaled_exp<Isa>,
       inverse_softmax<Isa>,
   };
 }

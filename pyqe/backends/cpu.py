@@ -320,10 +320,22 @@ def _look_again(
     return results
 
 
-def _copied(logits: Any, n: int, vocab_size: int) -> Tensor:
-    out = torch.empty(n, vocab_size)
-    _C.copy_logits(logits, out.data_ptr(), threads=torch.get_num_threads())
-    return out
+def _lm_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """Logits of an LM's head for the library, and a function that computes those of some rows, float32 [n, V]."""
+    hidden, weight, bias = _checked_head(hidden, weight, bias)
+
+    def head(hidden: Tensor) -> Any:
+        return _linear(hidden, weight, bias, scale=scale, bias_scale=scale, softcap=softcap)
+
+    def logits_of(rows: Tensor) -> Tensor:
+        some = hidden[rows]
+        out = torch.empty(len(some), weight.shape[0])
+        _C.copy_logits(head(some), out.data_ptr(), threads=torch.get_num_threads())
+        return out
+
+    return head(hidden), logits_of
 
 
 def softmax_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
@@ -340,14 +352,8 @@ def linear_softmax_stats(
     logit_softcap: float | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
-    terms: dict[str, Any] = {"scale": logit_scale, "bias_scale": logit_scale, "softcap": logit_softcap}
-    results = _softmax_stats(_linear(hidden, weight, bias, **terms), len(hidden), weight.shape[0], *options)
-
-    def logits_of(rows: Tensor) -> Tensor:
-        some = hidden[rows]
-        return _copied(_linear(some, weight, bias, **terms), len(some), weight.shape[0])
-
+    logits, logits_of = _lm_logits(hidden, weight, bias, logit_scale, logit_softcap)
+    results = _softmax_stats(logits, len(hidden), weight.shape[0], *options)
     return _look_again(results, options[-1], logits_of)
 
 
@@ -403,6 +409,103 @@ def linear_sigmoid_stats(
     return _sigmoid_stats(logits, len(hidden), weight.shape[0], *options)
 
 
+# --- negatives ------------------------------------------------------------------------------------------------------
+
+
+def _sources(
+    sources: list[str],
+    shares: list[int],
+    mixture_weights: list[float],
+    combination: str,
+    temperature: float,
+    counts: Tensor | None,
+) -> tuple[list[tuple[float, float, float, int]], float, Tensor | None, Tensor | None]:
+    """Sources as weights of the softmax, unigram and uniform parts with the number to draw; 1 / T, factors, counts.
+
+    A product of sources is one softmax or unigram part: :math:`(e^{z/T})^a f^b`, with factors f for the tokens.
+    """
+    names = ("softmax", "unigram", "uniform")
+    if combination == "product":
+        powers = [sources.count(name) for name in names]
+        if powers[1]:
+            assert counts is not None
+            counts = (counts / counts.max()) ** powers[1]
+        part = 0 if powers[0] else 1 if powers[1] else 2
+        weights = tuple(float(i == part) for i in range(3))
+        return (
+            [(*weights, shares[0])],
+            max(powers[0], 1) / temperature,
+            counts if powers[0] and powers[1] else None,
+            counts,
+        )
+    if combination == "mixture":
+        weights = tuple(
+            sum(weight for source, weight in zip(sources, mixture_weights, strict=True) if source == name)
+            for name in names
+        )
+        return [(*weights, shares[0])], 1 / temperature, None, counts
+    parts = [(*(float(source == name) for name in names), share) for source, share in zip(sources, shares, strict=True)]
+    return parts, 1 / temperature, None, counts
+
+
+def _sample_negatives(
+    logits: Any,
+    vocab_size: int,
+    logits_of: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    seed: Tensor,
+    sources: list[str],
+    shares: list[int],
+    mixture_weights: list[float],
+    combination: str,
+    temperature: float,
+    exclude: str,
+    unigram_counts: Tensor | None,
+) -> Tensor:
+    rule = DominantRule.parse(exclude) if exclude else None
+    counts = None if unigram_counts is None else unigram_counts.float().contiguous()
+    parts, beta, factor, counts = _sources(sources, shares, mixture_weights, combination, temperature, counts)
+    targets = targets.contiguous()
+    ids = torch.empty(len(targets), sum(shares), dtype=torch.int64)
+    undecided = torch.empty(len(targets), dtype=torch.int64)
+    _C.sample_negatives(
+        logits,
+        _rule(rule),
+        parts,
+        targets=targets.data_ptr(),
+        members=rule.max_size(vocab_size) if rule else 0,
+        beta=beta,
+        factor=_pointer(factor),
+        counts=_pointer(counts),
+        seed=int(seed),
+        ids=ids.data_ptr(),
+        undecided=undecided.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    options = (sources, shares, mixture_weights, combination, temperature, exclude, unigram_counts)
+    for row in undecided.nonzero()[:, 0].tolist():  # the rule has no bound, and this row has very many dominant tokens
+        rows = torch.tensor([row])
+        ids[row] = reference.sample_rows(logits_of(rows), targets[rows], row, int(seed), *options)[0]
+    return ids
+
+
+def sample_negatives(logits: Tensor, *options: Any) -> Tensor:
+    logits = _rows(logits)
+    return _sample_negatives(_existing(logits), logits.shape[1], lambda rows: logits[rows].float(), *options)
+
+
+def linear_sample_negatives(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    *options: Any,
+) -> Tensor:
+    logits, logits_of = _lm_logits(hidden, weight, bias, logit_scale, logit_softcap)
+    return _sample_negatives(logits, weight.shape[0], logits_of, *options)
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear_token_logits": linear_token_logits,
     "token_logits_grad_hidden": token_logits_grad_hidden,
@@ -412,5 +515,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear_softmax_stats": linear_softmax_stats,
     "sigmoid_stats": sigmoid_stats,
     "linear_sigmoid_stats": linear_sigmoid_stats,
+    "sample_negatives": sample_negatives,
+    "linear_sample_negatives": linear_sample_negatives,
     "inverse_softmax": inverse_softmax,
 }
