@@ -87,7 +87,8 @@ struct Scan {
   float tile_beta;                              // 1 / T of tile_sums
   const float* factors;                         // [vocab], of the terms of tile_sums; null: 1
   void (*make_room)(const Scan&, Candidates&);  // throws out what cannot matter, or makes the list longer
-  void* keeper;                                 // of make_room
+  void (*raise_floor)(const Scan&, Candidates&, float max, double sum);
+  void* keeper;  // of make_room
 };
 
 // How rows are packed: `rows` to a panel, `depth` words each; see product.h.

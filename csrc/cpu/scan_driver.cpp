@@ -23,11 +23,8 @@ void make_room(const Scan& scan, Candidates& list) {
   static_cast<CandidateKeeper*>(scan.keeper)->make_room(list);
 }
 
-// Throws away all candidates from `keep` on, which are in order.
-void truncate(Candidates& list, std::int64_t keep) {
-  if (keep >= list.size) return;
-  list.dropped = std::max(list.dropped, list.items[keep].logit);
-  list.size = keep;
+void raise_floor(const Scan& scan, Candidates& list, float max, double sum) {
+  static_cast<const CandidateKeeper*>(scan.keeper)->raise_floor(list, max, sum);
 }
 
 void scan_group(const Scan& scan, int threads) {
@@ -60,15 +57,15 @@ Selection selection_for(const DominantRule& rule, std::int64_t members, std::int
       break;
     case DominantKind::kJump:
     case DominantKind::kEpsilon:
-      return {std::max(top_k, members + 1), top_k, rule.epsilon};
+      return {std::max(top_k, members + 1), top_k > 0 ? 0 : rule.epsilon};
     case DominantKind::kTopK:
-      return {std::max(top_k, members), 0, 0};
+      return {std::max(top_k, members), 0};
     case DominantKind::kTopP:
     case DominantKind::kMinP:
     case DominantKind::kEta:
-      return {std::max(top_k, std::min(members, kUnboundedMembers)), 0, 0};
+      return {std::max(top_k, std::min(members, kUnboundedMembers)), 0};
   }
-  return {top_k, 0, 0};
+  return {top_k, 0};
 }
 
 Candidates* CandidateKeeper::reset(std::int64_t rows) {
@@ -83,28 +80,22 @@ Candidates* CandidateKeeper::reset(std::int64_t rows) {
   return lists_.data();
 }
 
+void CandidateKeeper::raise_floor(Candidates& list, float max, double sum) const {
+  if (selection_.epsilon == 0 || !std::isfinite(max)) return;
+  const double slack = 1e-3 + 1e-6 * std::fabs(max);  // far more than rounding
+  list.floor = std::max(list.floor, static_cast<float>(max + std::log(selection_.epsilon * sum) - slack));
+}
+
 void CandidateKeeper::make_room(Candidates& list) {
-  const bool full = list.size == list.capacity;
-  if (!full && list.size < 16) return;
-  std::sort(list.items, list.items + list.size, before);
-  const std::int64_t count = selection_.count;
-  if (list.size >= count) {
-    truncate(list, count);
-    list.floor = std::max(list.floor, list.items[count - 1].logit);
+  Candidate* const end = list.items + list.size;
+  Candidate* keep = std::partition(list.items, end, [&](const Candidate& c) { return c.logit > list.floor; });
+  if (keep - list.items > selection_.count) {
+    keep = list.items + selection_.count;
+    std::nth_element(list.items, keep - 1, end, before);
+    list.floor = keep[-1].logit;
   }
-  if (selection_.epsilon > 0 && std::isfinite(list.max) && list.size >= selection_.exact) {
-    const double slack = 1e-3 + 1e-6 * std::fabs(list.max);  // far more than rounding
-    double bound = list.max + std::log(selection_.epsilon * list.sum) - slack;
-    if (selection_.exact > 0) {
-      bound = std::min<double>(bound, std::nextafter(list.items[selection_.exact - 1].logit, -kInfinity));
-    }
-    if (bound > list.floor) {
-      list.floor = static_cast<float>(bound);
-      const auto first = std::partition_point(list.items, list.items + list.size,
-                                              [&](const Candidate& c) { return c.logit > list.floor; });
-      truncate(list, first - list.items);
-    }
-  }
+  for (const Candidate* c = keep; c != end; ++c) list.dropped = std::max(list.dropped, c->logit);
+  list.size = keep - list.items;
   if (list.size < list.capacity - list.capacity / 4) return;
   std::vector<Candidate>& storage = storage_[static_cast<std::size_t>(&list - lists_.data())];
   storage.resize(std::max<std::size_t>(32, 2 * storage.size()));
@@ -198,6 +189,7 @@ void run_scan(Scan scan, CandidateKeeper* keeper, int threads,
   scan.candidates = keeper != nullptr;
   scan.keeper = keeper;
   scan.make_room = make_room;
+  scan.raise_floor = raise_floor;
   for (scan.first_row = 0; scan.first_row < from.n; scan.first_row += step) {
     scan.rows = std::min(step, from.n - scan.first_row);
     std::vector<float> packed;

@@ -12,11 +12,11 @@
 
 namespace pyqe::cpu {
 
-// What the lists of candidates must hold in the end: the `count` largest tokens; among them those that are
-// not the `exact` largest may be left out where their probability is below epsilon.
+// What the lists of candidates must hold in the end: the `count` largest tokens, but for those whose
+// probability is at most epsilon.
 struct Selection {
-  std::int64_t count = 0, exact = 0;
-  double epsilon = 0;
+  std::int64_t count;
+  double epsilon;
 };
 
 // For the `top_k` largest tokens, and for a rule with at most `members` dominant ones.
@@ -34,6 +34,9 @@ class CandidateKeeper {
   float collect(std::int64_t row, std::vector<Candidate>& into) const;
 
   void make_room(Candidates& list);
+
+  // The sum of e^(z - max) over some tokens of the row bounds what can be more probable than epsilon.
+  void raise_floor(Candidates& list, float max, double sum) const;
 
  private:
   Selection selection_;

@@ -185,7 +185,11 @@ void consume(const Scan& scan, const float* z, std::int64_t count, std::int64_t 
   if (scan.softmax) add_softmax<Isa>(scan, z, count, first_id, largest, scan.softmax_partials[place]);
   if (scan.sigmoid) add_sigmoid<Isa>(scan, z, count, first_id, largest, scan.sigmoid_partials[place]);
   if (scan.candidates) {
-    add_candidates<Isa>(scan, z, count, first_id, largest, scan.lists[thread * scan.rows + row]);
+    Candidates& list = scan.lists[thread * scan.rows + row];
+    if (scan.softmax && largest > list.floor) {
+      scan.raise_floor(scan, list, scan.softmax_partials[place].max, scan.softmax_partials[place].sum);
+    }
+    add_candidates<Isa>(scan, z, count, first_id, largest, list);
   }
   if (scan.tile_sums) {
     const std::int64_t tiles = (scan.logits.vocab + kTile - 1) / kTile;
@@ -223,7 +227,7 @@ inline void end_segment(const Scan& scan, std::int64_t row, std::int64_t segment
   }
   if (list.max != -kInfinity)
     list.sum += partial.sum * __builtin_exp(static_cast<double>(partial.max) - list.max);
-  scan.make_room(scan, list);
+  scan.raise_floor(scan, list, list.max, list.sum);
 }
 
 // --- where logits come from --------------------------------------------------------------------------------

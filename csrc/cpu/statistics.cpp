@@ -125,7 +125,7 @@ void sigmoid_stats(const SigmoidStats& args, int threads) {
   Scan scan = scan_of(args.logits, args.token_ids, args.n_tokens, args.token_logits);
   scan.sigmoid = true;
   if (args.count_above) scan.threshold = args.threshold;
-  CandidateKeeper keeper({args.top_k, args.top_k, 0}, threads);
+  CandidateKeeper keeper({args.top_k, 0}, threads);
   CandidateKeeper* wanted = args.top_k > 0 ? &keeper : nullptr;
   run_scan(scan, wanted, threads, [&](const Scan& group) {
     for_each_row(group, threads, [&](std::int64_t row) { finish_sigmoid(args, group, wanted, row); });
