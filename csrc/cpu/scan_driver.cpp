@@ -37,7 +37,7 @@ void scan_group(const Scan& scan, int threads) {
         [&](std::int64_t segment, int thread) { compute(scan, 0, scan.rows, segment, segment + 1, thread); });
     return;
   }
-  // A row at a time reads memory in order; few rows are cut up to keep all threads at work.
+  // Few rows are cut up to keep all threads at work.
   const bool cut = scan.rows < 4 * threads;
   const std::int64_t pieces = cut ? scan.segments : 1;
   parallel_each(scan.rows * pieces, scan.rows * from.vocab * bytes, threads,
@@ -45,6 +45,13 @@ void scan_group(const Scan& scan, int threads) {
                   const std::int64_t row = item / pieces, begin = item % pieces;
                   compute(scan, row, row + 1, begin, cut ? begin + 1 : scan.segments, thread);
                 });
+}
+
+void attach(Scan& scan, CandidateKeeper* keeper) {
+  scan.candidates = keeper != nullptr;
+  scan.keeper = keeper;
+  scan.make_room = make_room;
+  scan.raise_floor = raise_floor;
 }
 
 }  // namespace
@@ -186,10 +193,7 @@ void run_scan(Scan scan, CandidateKeeper* keeper, int threads,
   std::vector<SigmoidPartial> sigmoid(static_cast<std::size_t>(scan.sigmoid ? largest * scan.segments : 0));
   scan.softmax_partials = softmax.data();
   scan.sigmoid_partials = sigmoid.data();
-  scan.candidates = keeper != nullptr;
-  scan.keeper = keeper;
-  scan.make_room = make_room;
-  scan.raise_floor = raise_floor;
+  attach(scan, keeper);
   for (scan.first_row = 0; scan.first_row < from.n; scan.first_row += step) {
     scan.rows = std::min(step, from.n - scan.first_row);
     std::vector<float> packed;
@@ -199,6 +203,28 @@ void run_scan(Scan scan, CandidateKeeper* keeper, int threads,
     scan_group(scan, threads);
     finish(scan);
   }
+}
+
+void run_scan_by_row(const Scan& scan, const Selection* selection, int threads,
+                     const std::function<void(const Scan&, const CandidateKeeper*)>& finish) {
+  const Logits& from = scan.logits;
+  const std::int64_t segments = segments_of(from.vocab);
+  std::vector<SoftmaxPartial> softmax(static_cast<std::size_t>(scan.softmax ? threads * segments : 0));
+  std::vector<SigmoidPartial> sigmoid(static_cast<std::size_t>(scan.sigmoid ? threads * segments : 0));
+  std::vector<CandidateKeeper> keepers(static_cast<std::size_t>(threads),
+                                       CandidateKeeper(selection ? *selection : Selection{0, 0}, 1));
+  const std::int64_t bytes = from.n * from.vocab * element_bytes(from.dtype);
+  parallel_each(from.n, bytes, threads, [&](std::int64_t row, int thread) {
+    CandidateKeeper* keeper = selection ? &keepers[static_cast<std::size_t>(thread)] : nullptr;
+    Scan mine = scan;
+    attach(mine, keeper);
+    mine.first_row = row, mine.rows = 1, mine.segments = segments;
+    mine.softmax_partials = softmax.data() + thread * segments;
+    mine.sigmoid_partials = sigmoid.data() + thread * segments;
+    if (keeper) mine.lists = keeper->reset(1);
+    kernels().scan(mine, 0, 1, 0, segments, 0);
+    finish(mine, keeper);
+  });
 }
 
 std::int64_t element_bytes(DType dtype) {

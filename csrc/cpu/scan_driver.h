@@ -50,6 +50,11 @@ class CandidateKeeper {
 void run_scan(Scan scan, CandidateKeeper* keeper, int threads,
               const std::function<void(const Scan&)>& finish);
 
+// The same for logits that exist, a row at a time, which reads memory in order; finish(scan, keeper) is
+// called for every row, as a group of its own, by the thread that scanned it. `selection` may be null.
+void run_scan_by_row(const Scan& scan, const Selection* selection, int threads,
+                     const std::function<void(const Scan&, const CandidateKeeper*)>& finish);
+
 // Calls body(row) for every row of a group, on several threads.
 template <class Body>
 void for_each_row(const Scan& scan, int threads, const Body& body) {

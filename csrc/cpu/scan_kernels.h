@@ -29,6 +29,19 @@ __attribute__((always_inline)) inline void for_each_vector(const float* z, std::
   body(load_vector<Isa>(end));
 }
 
+// Memory that is fetched while vectors are reduced, `step` bytes for each: what the next call will read.
+struct Ahead {
+  const char* from;
+  std::int64_t step;
+
+  void fetch() {
+    __builtin_prefetch(from);
+    from += step;
+  }
+};
+
+inline Ahead nothing_ahead(const void* at) { return {static_cast<const char*>(at), 0}; }
+
 // The largest number; NaN is passed over (the sums tell of it).
 template <class Isa>
 float largest_of(const float* z, std::int64_t count) {
@@ -44,8 +57,15 @@ float largest_of(const float* z, std::int64_t count) {
   return Isa::largest(Isa::max(Isa::max(best[0], best[1]), Isa::max(best[2], best[3])));
 }
 
-inline std::int64_t find(const float* z, float value) {
+// Where a value that is there stands first.
+template <class Isa>
+std::int64_t find(const float* z, std::int64_t count, float value) {
+  const typename Isa::F32 wanted = broadcast<Isa>(value);
   std::int64_t i = 0;
+  for (; i + Isa::kWidth <= count; i += Isa::kWidth) {
+    const unsigned equal = Isa::bits(load_vector<Isa>(z + i) == wanted);
+    if (equal) return i + __builtin_ctz(equal);
+  }
   while (z[i] != value) ++i;
   return i;
 }
@@ -65,12 +85,14 @@ inline void rebase(SoftmaxPartial& partial, float largest, float inverse_tempera
 }
 
 template <class Isa, bool kEntropy, bool kTempered>
-void add_softmax(const float* z, std::int64_t count, float inverse_temperature, SoftmaxPartial& partial) {
+void add_softmax(const float* z, std::int64_t count, Ahead ahead, float inverse_temperature,
+                 SoftmaxPartial& partial) {
   using F32 = typename Isa::F32;
   const F32 base = broadcast<Isa>(partial.max == -kInfinity ? 0.0f : partial.max);
   const F32 lowest = broadcast<Isa>(-88.0f), beta = broadcast<Isa>(inverse_temperature);
   F32 sum = {}, weighted = {}, tempered = {};
   for_each_vector<Isa>(z, count, [&](F32 v) {
+    ahead.fetch();
     const F32 shifted = v - base, power = exp<Isa>(shifted);
     sum += power;
     if (kEntropy) weighted = Isa::fma(Isa::max(shifted, lowest), power, weighted);  // -infinity * 0 is NaN
@@ -82,34 +104,35 @@ void add_softmax(const float* z, std::int64_t count, float inverse_temperature, 
 }
 
 template <class Isa>
-void add_softmax(const Scan& scan, const float* z, std::int64_t count, std::int64_t first_id, float largest,
-                 SoftmaxPartial& partial) {
+void add_softmax(const Scan& scan, const float* z, std::int64_t count, Ahead ahead, std::int64_t first_id,
+                 float largest, SoftmaxPartial& partial) {
   const float beta = scan.inverse_temperature;
   if (largest > partial.max) {
     rebase(partial, largest, beta);
-    partial.argmax = first_id + find(z, largest);
+    partial.argmax = first_id + find<Isa>(z, count, largest);
   }
   if (scan.entropy) {
-    beta != 0 ? add_softmax<Isa, true, true>(z, count, beta, partial)
-              : add_softmax<Isa, true, false>(z, count, beta, partial);
+    beta != 0 ? add_softmax<Isa, true, true>(z, count, ahead, beta, partial)
+              : add_softmax<Isa, true, false>(z, count, ahead, beta, partial);
   } else {
-    beta != 0 ? add_softmax<Isa, false, true>(z, count, beta, partial)
-              : add_softmax<Isa, false, false>(z, count, beta, partial);
+    beta != 0 ? add_softmax<Isa, false, true>(z, count, ahead, beta, partial)
+              : add_softmax<Isa, false, false>(z, count, ahead, beta, partial);
   }
 }
 
 template <class Isa>
-void add_sigmoid(const Scan& scan, const float* z, std::int64_t count, std::int64_t first_id, float largest,
-                 SigmoidPartial& partial) {
+void add_sigmoid(const Scan& scan, const float* z, std::int64_t count, Ahead ahead, std::int64_t first_id,
+                 float largest, SigmoidPartial& partial) {
   using F32 = typename Isa::F32;
   if (largest > partial.max) {
     partial.max = largest;
-    partial.argmax = first_id + find(z, largest);
+    partial.argmax = first_id + find<Isa>(z, count, largest);
   }
   const F32 threshold = broadcast<Isa>(scan.threshold);
   F32 sum = {};
   typename Isa::I32 above = {};
   for_each_vector<Isa>(z, count, [&](F32 v) {
+    ahead.fetch();
     sum += sigmoid<Isa>(v);
     above -= v > threshold;
   });
@@ -118,7 +141,7 @@ void add_sigmoid(const Scan& scan, const float* z, std::int64_t count, std::int6
 }
 
 inline void add_candidate(const Scan& scan, float logit, std::int64_t id, Candidates& list) {
-  if (logit > list.floor && list.size == list.capacity) scan.make_room(scan, list);
+  if (list.size == list.capacity) scan.make_room(scan, list);
   if (logit > list.floor) {
     list.items[list.size++] = {logit, static_cast<std::int32_t>(id)};
   } else if (logit > list.dropped) {
@@ -129,20 +152,24 @@ inline void add_candidate(const Scan& scan, float logit, std::int64_t id, Candid
 template <class Isa>
 void add_candidates(const Scan& scan, const float* z, std::int64_t count, std::int64_t first_id,
                     float largest, Candidates& list) {
-  if (!(largest > list.floor)) {  // nearly always, once a few hundred tokens have been seen
+  using F32 = typename Isa::F32;
+  if (!(largest > list.floor)) {  // nearly always, once a few thousand tokens have been seen
     if (largest > list.dropped) list.dropped = largest;
     return;
   }
-  constexpr std::int64_t kBlock = 4 * Isa::kWidth;
-  for (std::int64_t begin = 0; begin < count; begin += kBlock) {
-    const std::int64_t end = begin + kBlock < count ? begin + kBlock : count;
-    const float best = largest_of<Isa>(z + begin, end - begin);
-    if (!(best > list.floor)) {
-      if (best > list.dropped) list.dropped = best;
-      continue;
+  F32 dropped = broadcast<Isa>(list.dropped);
+  std::int64_t id = first_id;
+  for_each_vector<Isa>(z, count, [&](F32 v) {
+    const F32 floor = broadcast<Isa>(list.floor);
+    dropped = Isa::max(v > floor ? dropped : v, dropped);
+    for (unsigned above = Isa::bits(v > floor); above; above &= above - 1) {
+      const int lane = __builtin_ctz(above);
+      add_candidate(scan, v[lane], id + lane, list);
     }
-    for (std::int64_t i = begin; i < end; ++i) add_candidate(scan, z[i], first_id + i, list);
-  }
+    id += Isa::kWidth;
+  });
+  const float most = Isa::largest(dropped);
+  if (most > list.dropped) list.dropped = most;
 }
 
 // z[0, count) are the logits of tokens of one tile, from first_id on.
@@ -177,16 +204,16 @@ void add_tile(const Scan& scan, const float* z, std::int64_t count, std::int64_t
 
 // Logits z[0, count) of the tokens from first_id on, for one row (counted within the group).
 template <class Isa>
-void consume(const Scan& scan, const float* z, std::int64_t count, std::int64_t first_id, std::int64_t row,
-             int thread) {
+void consume(const Scan& scan, const float* z, std::int64_t count, Ahead ahead, std::int64_t first_id,
+             std::int64_t row, int thread) {
   const std::int64_t place = row * scan.segments + first_id / kSegment;
   const bool statistics = scan.softmax || scan.sigmoid || scan.candidates;
   const float largest = statistics ? largest_of<Isa>(z, count) : 0;
-  if (scan.softmax) add_softmax<Isa>(scan, z, count, first_id, largest, scan.softmax_partials[place]);
-  if (scan.sigmoid) add_sigmoid<Isa>(scan, z, count, first_id, largest, scan.sigmoid_partials[place]);
+  if (scan.softmax) add_softmax<Isa>(scan, z, count, ahead, first_id, largest, scan.softmax_partials[place]);
+  if (scan.sigmoid) add_sigmoid<Isa>(scan, z, count, ahead, first_id, largest, scan.sigmoid_partials[place]);
   if (scan.candidates) {
     Candidates& list = scan.lists[thread * scan.rows + row];
-    if (scan.softmax && largest > list.floor) {
+    if (scan.softmax && list.max == -kInfinity) {  // the first segment is its own measure
       scan.raise_floor(scan, list, scan.softmax_partials[place].max, scan.softmax_partials[place].sum);
     }
     add_candidates<Isa>(scan, z, count, first_id, largest, list);
@@ -220,6 +247,7 @@ inline void end_segment(const Scan& scan, std::int64_t row, std::int64_t segment
   if (!scan.candidates || !scan.softmax) return;
   const SoftmaxPartial& partial = scan.softmax_partials[row * scan.segments + segment];
   Candidates& list = scan.lists[thread * scan.rows + row];
+  if (partial.max <= list.floor) return;  // without candidates it adds little: any part of the sum is a bound
   if (partial.max > list.max) {
     list.sum =
         list.max == -kInfinity ? 0 : list.sum * __builtin_exp(static_cast<double>(list.max) - partial.max);
@@ -310,9 +338,10 @@ void scan_linear(const Scan& scan, std::int64_t segment, int thread) {
     tile.load(id, count);
     for (std::int64_t row = 0; row < scan.rows; row += kRows) {
       const std::int64_t rows = scan.rows - row < kRows ? scan.rows - row : kRows;
-      tile.multiply(
-          scan.packed_rows + row * tile.depth, rows, count, nullptr, scan.first_row + row,
-          [&](std::int64_t r, const float* z) { consume<Isa>(scan, z, count, id, row + r, thread); });
+      tile.multiply(scan.packed_rows + row * tile.depth, rows, count, nullptr, scan.first_row + row,
+                    [&](std::int64_t r, const float* z) {
+                      consume<Isa>(scan, z, count, nothing_ahead(z), id, row + r, thread);
+                    });
     }
   }
   for (std::int64_t row = 0; row < scan.rows; ++row) end_segment(scan, row, segment, thread);
@@ -342,7 +371,10 @@ void scan_row(const Scan& scan, std::int64_t row, std::int64_t segment, int thre
   const std::int64_t count = rest < kSegment ? rest : kSegment;
   float buffer[kSegment];
   start_segment(scan, row, segment);
-  consume<Isa>(scan, as_floats<Isa>(from + first, count, buffer), count, first, row, thread);
+  const Ahead ahead = {reinterpret_cast<const char*>(from + first + count),
+                       Isa::kWidth * static_cast<int>(sizeof(T))};
+  consume<Isa>(scan, as_floats<Isa>(from + first, count, buffer), count,
+               rest > count ? ahead : nothing_ahead(from), first, row, thread);
   end_segment(scan, row, segment, thread);
 }
 

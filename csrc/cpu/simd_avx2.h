@@ -33,6 +33,8 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
   }
 
+  static unsigned bits(I32 mask) { return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask)); }
+
   static void interleave(F32& a, F32& b) {
     const __m256 even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
     a = _mm256_permute2f128_ps(even, odd, 0x20);

@@ -25,6 +25,8 @@ struct Avx512 {
 
   static float largest(F32 v) { return _mm512_reduce_max_ps(v); }
 
+  static unsigned bits(I32 mask) { return _mm512_movepi32_mask((__m512i)mask); }
+
   static void interleave(F32& a, F32& b) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));

@@ -27,6 +27,10 @@ struct Portable {
     return left > right ? left : right;
   }
 
+  static unsigned bits(I32 mask) {
+    return static_cast<unsigned>((mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8));
+  }
+
   static void interleave(F32& a, F32& b) {
     const F32 first = {a[0], b[0], a[1], b[1]};
     b = F32{a[2], b[2], a[3], b[3]};

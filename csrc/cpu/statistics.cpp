@@ -104,6 +104,22 @@ void finish_sigmoid(const SigmoidStats& args, const Scan& scan, const CandidateK
               args.topk_ids + row * args.top_k);
 }
 
+// finish(scan, keeper, row) for every row of every group.
+template <class Finish>
+void run_rows(const Scan& scan, const Selection& selection, int threads, const Finish& finish) {
+  const bool candidates = selection.count > 0;
+  if (scan.logits.logits.data && scan.logits.n >= 4 * threads) {
+    run_scan_by_row(scan, candidates ? &selection : nullptr, threads,
+                    [&](const Scan& group, const CandidateKeeper* keeper) { finish(group, keeper, 0); });
+    return;
+  }
+  CandidateKeeper keeper(selection, threads);
+  CandidateKeeper* wanted = candidates ? &keeper : nullptr;
+  run_scan(scan, wanted, threads, [&](const Scan& group) {
+    for_each_row(group, threads, [&](std::int64_t row) { finish(group, wanted, row); });
+  });
+}
+
 }  // namespace
 
 void softmax_stats(const SoftmaxStats& args, int threads) {
@@ -112,12 +128,10 @@ void softmax_stats(const SoftmaxStats& args, int threads) {
   scan.softmax = true;
   scan.entropy = args.entropy != nullptr || args.rule.kind == DominantKind::kEta;
   scan.inverse_temperature = args.tempered ? static_cast<float>(1 / args.temperature) : 0;
-  const Selection selection = selection_for(args.rule, args.members, args.top_k);
-  CandidateKeeper keeper(selection, threads);
-  CandidateKeeper* wanted = selection.count > 0 ? &keeper : nullptr;
-  run_scan(scan, wanted, threads, [&](const Scan& group) {
-    for_each_row(group, threads, [&](std::int64_t row) { finish_softmax(args, group, wanted, row); });
-  });
+  run_rows(scan, selection_for(args.rule, args.members, args.top_k), threads,
+           [&](const Scan& group, const CandidateKeeper* keeper, std::int64_t row) {
+             finish_softmax(args, group, keeper, row);
+           });
 }
 
 void sigmoid_stats(const SigmoidStats& args, int threads) {
@@ -125,11 +139,10 @@ void sigmoid_stats(const SigmoidStats& args, int threads) {
   Scan scan = scan_of(args.logits, args.token_ids, args.n_tokens, args.token_logits);
   scan.sigmoid = true;
   if (args.count_above) scan.threshold = args.threshold;
-  CandidateKeeper keeper({args.top_k, 0}, threads);
-  CandidateKeeper* wanted = args.top_k > 0 ? &keeper : nullptr;
-  run_scan(scan, wanted, threads, [&](const Scan& group) {
-    for_each_row(group, threads, [&](std::int64_t row) { finish_sigmoid(args, group, wanted, row); });
-  });
+  run_rows(scan, {args.top_k, 0}, threads,
+           [&](const Scan& group, const CandidateKeeper* keeper, std::int64_t row) {
+             finish_sigmoid(args, group, keeper, row);
+           });
 }
 
 void copy_logits(const Logits& logits, float* to, int threads) {
