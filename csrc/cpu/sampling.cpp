@@ -112,7 +112,7 @@ class Sampler {
     Row& row = at(rows_, in_group);
     if (keeper) {
       std::vector<Candidate> found;
-      const float dropped = keeper->collect(in_group, found);
+      const float dropped = keeper->collect(in_group, &total, found);
       const std::int64_t size = dominant_size(args_.exclude, args_.members, args_.logits.vocab, found,
                                               dropped, total, entropy_of(total));
       args_.undecided[n] = size < 0;

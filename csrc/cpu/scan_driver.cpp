@@ -95,7 +95,8 @@ void CandidateKeeper::raise_floor(Candidates& list, float max, double sum) const
 
 void CandidateKeeper::make_room(Candidates& list) {
   Candidate* const end = list.items + list.size;
-  Candidate* keep = std::partition(list.items, end, [&](const Candidate& c) { return c.logit > list.floor; });
+  Candidate* keep =
+      std::partition(list.items, end, [&](const Candidate& c) { return c.logit >= list.floor; });
   if (keep - list.items > selection_.count) {
     keep = list.items + selection_.count;
     std::nth_element(list.items, keep - 1, end, before);
@@ -110,13 +111,20 @@ void CandidateKeeper::make_room(Candidates& list) {
   list.capacity = static_cast<std::int64_t>(storage.size());
 }
 
-float CandidateKeeper::collect(std::int64_t row, std::vector<Candidate>& into) const {
+float CandidateKeeper::collect(std::int64_t row, const SoftmaxPartial* total,
+                               std::vector<Candidate>& into) const {
   into.clear();
   float dropped = -kInfinity;
   for (int thread = 0; thread < threads_; ++thread) {
-    const Candidates& list = lists_[static_cast<std::size_t>(thread * rows_ + row)];
-    into.insert(into.end(), list.items, list.items + list.size);
+    Candidates list = lists_[static_cast<std::size_t>(thread * rows_ + row)];
+    if (total) raise_floor(list, total->max, total->sum);
     dropped = std::max(dropped, list.dropped);
+    for (std::int64_t i = 0; i < list.size; ++i) {
+      if (list.items[i].logit >= list.floor)
+        into.push_back(list.items[i]);
+      else
+        dropped = std::max(dropped, list.items[i].logit);
+    }
   }
   std::sort(into.begin(), into.end(), before);
   if (into.size() > static_cast<std::size_t>(selection_.count)) {

@@ -29,9 +29,9 @@ class CandidateKeeper {
   // Empty lists for a group of rows.
   Candidates* reset(std::int64_t rows);
 
-  // The candidates of a row of the group, largest first and lower ids first among equals, in `into`. Returns
-  // a bound on what is not among them.
-  float collect(std::int64_t row, std::vector<Candidate>& into) const;
+  // The candidates of a row of the group, largest first and lower ids first among equals, in `into`; `total`
+  // is the row's softmax, or null. Returns a bound on what is not among them.
+  float collect(std::int64_t row, const SoftmaxPartial* total, std::vector<Candidate>& into) const;
 
   void make_room(Candidates& list);
 

@@ -89,13 +89,13 @@ void add_softmax(const float* z, std::int64_t count, Ahead ahead, float inverse_
                  SoftmaxPartial& partial) {
   using F32 = typename Isa::F32;
   const F32 base = broadcast<Isa>(partial.max == -kInfinity ? 0.0f : partial.max);
-  const F32 lowest = broadcast<Isa>(-88.0f), beta = broadcast<Isa>(inverse_temperature);
+  const F32 lowest = broadcast<Isa>(Isa::kLowestExponent), beta = broadcast<Isa>(inverse_temperature);
   F32 sum = {}, weighted = {}, tempered = {};
   for_each_vector<Isa>(z, count, [&](F32 v) {
     ahead.fetch();
     const F32 shifted = v - base, power = exp<Isa>(shifted);
     sum += power;
-    if (kEntropy) weighted = Isa::fma(Isa::max(shifted, lowest), power, weighted);  // -infinity * 0 is NaN
+    if (kEntropy) weighted = Isa::fma(Isa::max(lowest, shifted), power, weighted);  // -infinity * 0 is NaN
     if (kTempered) tempered += exp<Isa>(shifted * beta);
   });
   partial.sum += static_cast<double>(Isa::sum(sum));
@@ -213,8 +213,10 @@ void consume(const Scan& scan, const float* z, std::int64_t count, Ahead ahead, 
   if (scan.sigmoid) add_sigmoid<Isa>(scan, z, count, ahead, first_id, largest, scan.sigmoid_partials[place]);
   if (scan.candidates) {
     Candidates& list = scan.lists[thread * scan.rows + row];
-    if (scan.softmax && list.max == -kInfinity) {  // the first segment is its own measure
-      scan.raise_floor(scan, list, scan.softmax_partials[place].max, scan.softmax_partials[place].sum);
+    if (scan.softmax && largest > list.floor) {
+      const SoftmaxPartial& partial = scan.softmax_partials[place];
+      scan.raise_floor(scan, list, partial.max, partial.sum);
+      scan.raise_floor(scan, list, list.max, list.sum);
     }
     add_candidates<Isa>(scan, z, count, first_id, largest, list);
   }
@@ -246,16 +248,11 @@ inline void start_segment(const Scan& scan, std::int64_t row, std::int64_t segme
 inline void end_segment(const Scan& scan, std::int64_t row, std::int64_t segment, int thread) {
   if (!scan.candidates || !scan.softmax) return;
   const SoftmaxPartial& partial = scan.softmax_partials[row * scan.segments + segment];
+  if (partial.max == -kInfinity) return;
   Candidates& list = scan.lists[thread * scan.rows + row];
-  if (partial.max <= list.floor) return;  // without candidates it adds little: any part of the sum is a bound
-  if (partial.max > list.max) {
-    list.sum =
-        list.max == -kInfinity ? 0 : list.sum * __builtin_exp(static_cast<double>(list.max) - partial.max);
-    list.max = partial.max;
-  }
-  if (list.max != -kInfinity)
-    list.sum += partial.sum * __builtin_exp(static_cast<double>(partial.max) - list.max);
-  scan.raise_floor(scan, list, list.max, list.sum);
+  const double apart = __builtin_exp(-__builtin_fabs(static_cast<double>(list.max) - partial.max));
+  list.sum = partial.max > list.max ? list.sum * apart + partial.sum : list.sum + partial.sum * apart;
+  list.max = partial.max > list.max ? partial.max : list.max;
 }
 
 // --- where logits come from --------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 // An instruction set is a struct `Isa` (simd_*.h) with the vector types F32 and I32 of kWidth lanes, and the
 // few operations that the compiler's vector extension cannot express: fma, max and min (of which the second
 // argument is the result where one is NaN), sum and largest of the lanes,
-// bits (one of each lane of a mask), interleave (a0 b0 a1 b1 ... into a
+// bits (one of each lane of a mask), scale (v 2^exponent), interleave (a0 b0 a1 b1 ... into a
 // and then b), and the 16-bit conversions. Arithmetic, comparison and selection are plain operators on F32
 // and I32.
 //
@@ -114,6 +114,14 @@ inline void prefetch(const void* from, std::int64_t bytes) {
   for (std::int64_t at = 0; at < bytes; at += kLine) {
     __builtin_prefetch(static_cast<const char*>(from) + at, kRead, kIntoL2);
   }
+}
+
+// v 2^exponent for integers from -127, which gives 0, to 127. A product, not an addition to the exponent's
+// bits: it keeps NaN a NaN.
+template <class Isa>
+typename Isa::F32 scale_by_product(typename Isa::F32 v, typename Isa::F32 exponent) {
+  const typename Isa::I32 biased = __builtin_convertvector(exponent, typename Isa::I32) + 127;
+  return v * float_from_bits<Isa>(biased << 23);
 }
 
 // Calls body with a value of the C++ type that a dtype stands for.

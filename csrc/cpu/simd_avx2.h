@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "core/dtype.h"
+#include "cpu/simd.h"
 
 namespace pyqe::cpu {
 namespace {
@@ -32,6 +32,11 @@ struct Avx2 {
     const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
   }
+
+  // The largest x whose e^x comes out as 0.
+  static constexpr float kLowestExponent = -87.9f;
+
+  static F32 scale(F32 v, F32 exponent) { return scale_by_product<Avx2>(v, exponent); }
 
   static unsigned bits(I32 mask) { return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask)); }
 

@@ -25,6 +25,11 @@ struct Avx512 {
 
   static float largest(F32 v) { return _mm512_reduce_max_ps(v); }
 
+  // The largest x whose e^x comes out as 0.
+  static constexpr float kLowestExponent = -104.0f;
+
+  static F32 scale(F32 v, F32 exponent) { return _mm512_scalef_ps(v, exponent); }
+
   static unsigned bits(I32 mask) { return _mm512_movepi32_mask((__m512i)mask); }
 
   static void interleave(F32& a, F32& b) {

@@ -1,7 +1,7 @@
 // Four lanes of the compiler's vector extension: SSE2 on any x86-64, NEON on aarch64, scalar code elsewhere.
 #pragma once
 
-#include "core/dtype.h"
+#include "cpu/simd.h"
 
 namespace pyqe::cpu {
 namespace {
@@ -26,6 +26,11 @@ struct Portable {
     const float left = v[0] > v[1] ? v[0] : v[1], right = v[2] > v[3] ? v[2] : v[3];
     return left > right ? left : right;
   }
+
+  // The largest x whose e^x comes out as 0.
+  static constexpr float kLowestExponent = -87.9f;
+
+  static F32 scale(F32 v, F32 exponent) { return scale_by_product<Portable>(v, exponent); }
 
   static unsigned bits(I32 mask) {
     return static_cast<unsigned>((mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8));

@@ -79,7 +79,7 @@ void finish_softmax(const SoftmaxStats& args, const Scan& scan, const CandidateK
   if (!valid) std::fill_n(args.token_logits + row * args.n_tokens, args.n_tokens, kNan);
   if (!keeper) return;
   std::vector<Candidate> found;
-  const float dropped = keeper->collect(in_group, found);
+  const float dropped = keeper->collect(in_group, &total, found);
   write_top_k(found, valid, args.top_k, args.topk_logits + row * args.top_k,
               args.topk_ids + row * args.top_k);
   if (args.rule.kind != DominantKind::kNone) {
@@ -99,7 +99,7 @@ void finish_sigmoid(const SigmoidStats& args, const Scan& scan, const CandidateK
   if (!valid) std::fill_n(args.token_logits + row * args.n_tokens, args.n_tokens, kNan);
   if (!keeper) return;
   std::vector<Candidate> found;
-  keeper->collect(in_group, found);
+  keeper->collect(in_group, nullptr, found);
   write_top_k(found, valid, args.top_k, args.topk_logits + row * args.top_k,
               args.topk_ids + row * args.top_k);
 }
