@@ -14,6 +14,7 @@ struct Kernels {
   void (*token_logits_backward_weight)(const TokenLogitsBackwardWeight&, std::int64_t begin,
                                        std::int64_t end);  // rows of grad_weight
   void (*inverse_softmax)(const InverseSoftmax&, std::int64_t begin, std::int64_t end);  // rows, fp32 only
+  TemperatureSums (*temperature_nll)(const TemperatureNll&, std::int64_t begin, std::int64_t end);  // rows
 };
 
 extern const Kernels portable_kernels;
