@@ -50,7 +50,10 @@ TemperatureDerivatives temperature_nll(const TemperatureNll& args, int threads) 
   // The kernels take a label that does not exist for NaN, so labels need looking at only where there is one.
   if (args.labels && std::isnan(total.target)) require_labels(args);
   const double sign = args.beta < 0 ? -1 : 1, count = static_cast<double>(args.n);
-  return {(total.log_partition - std::fabs(args.beta) * total.target) / count,
+  // A row with NaN has the mean NaN for sure, but not P: the exponential may turn a NaN's lower bits into a
+  // number.
+  const double log_partition = std::isnan(total.mean) ? total.mean : total.log_partition;
+  return {(log_partition - std::fabs(args.beta) * total.target) / count,
           sign * (total.mean - total.target) / count, total.variance / count};
 }
 
