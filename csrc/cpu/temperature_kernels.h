@@ -1,11 +1,14 @@
 // Mean NLL of softmax(beta z) and its derivatives in beta, over one instruction set.
 //
-// With d_c = z_c - max z, p_c = exp(beta d_c) and P = sum p, a row of logits z and its label y add
-//     log P - beta d_y                    to the NLL,
-//     sum(p d) / P - d_y                  to the first derivative, E[d] - d_y,
-//     sum(p d^2) / P - (sum(p d) / P)^2   to the second, Var[d].
-// So one pass over a row that sits in the cache gives all three. A negative beta is |beta| with the logits
-// -z.
+// With d_c = z_c - max z, p_c = exp(beta d_c), P = sum p and E the mean with weights p / P, a row of logits z
+// and its label y add
+//     log P - beta d_y     to the NLL,
+//     E[d] - d_y           to the first derivative,
+//     E[(d - E[d])^2]      to the second.
+// The rounding of fp32 sums averages out over rows that differ, but logits made of stated probabilities are
+// much alike. So the p of a strip are kept, E[d] is first taken roughly, as m, and then as m + E[d - m]: the
+// errors are now relative to the spread of d rather than to its size. A negative beta is |beta| with the
+// logits -z.
 #pragma once
 
 #include "cpu/inverse_softmax_kernels.h"
@@ -83,20 +86,11 @@ __attribute__((always_inline)) inline typename Isa::F32 boltzmann(typename Isa::
   return shifted < kRound - 126.0f ? F32{} : scaled;
 }
 
-// Sums over the classes of a row, or of kWidth rows in as many lanes.
+// 0 times this is 0; times -inf it would be NaN.
 template <class Isa>
-struct Moments {
-  using F32 = typename Isa::F32;
-  F32 p = {}, pd = {}, pdd = {};
-
-  __attribute__((always_inline)) void add(F32 weight, F32 d) {
-    const F32 finite = -kLargest > d ? broadcast<Isa>(-kLargest) : d;  // 0 * -inf would be NaN
-    const F32 product = weight * finite;
-    p += weight;
-    pd += product;
-    pdd = Isa::fma(product, finite, pdd);
-  }
-};
+typename Isa::F32 finite(typename Isa::F32 d) {
+  return -kLargest > d ? broadcast<Isa>(-kLargest) : d;
+}
 
 // A label of probability 0 contributes nothing, even where d is -inf.
 template <class Isa>
@@ -125,50 +119,106 @@ float row_maximum(const T* row, std::int64_t classes, const InverseTemperature<I
   return maximum;
 }
 
-// One row of at least kWidth classes, a vector at a time. What the vectors leave over comes first, in a
-// vector that ends where the row does and leaves out the logits that the loop will meet: a partial load
-// through a buffer would cost 20 ns a row.
+// Weight, mean and sum of squared deviations of a part of a row, and the label's part of d_y.
+struct Spread {
+  double weight = 0, mean = 0, squares = 0, target = 0;
+
+  void merge(const Spread& part) {
+    target += part.target;
+    if (part.weight == 0) return;
+    const double difference = part.mean - mean, share = part.weight / (weight + part.weight);
+    squares += part.squares + difference * difference * weight * share;
+    weight += part.weight;
+    mean += difference * share;
+  }
+};
+
+// A row of at least kWidth classes, a vector at a time. What the vectors leave over comes last, in a vector
+// that ends where the row does and leaves out the logits that came before: a partial load through a buffer
+// would cost 20 ns a row.
+template <class Isa, class T>
+struct LongRow {
+  using F32 = typename Isa::F32;
+  static constexpr int kStrip = 32;  // vectors
+
+  const T* logits;
+  const float* labels;  // or null
+  std::int64_t classes;
+  InverseTemperature<Isa> beta;
+  float maximum;
+
+  F32 distance(std::int64_t c) const {
+    return Isa::fma(load_in_order<Isa>(logits + c), beta.sign, broadcast<Isa>(-maximum));
+  }
+
+  // Of `vectors` whole vectors from `first` on, and of the `rest` classes after them.
+  Spread strip(std::int64_t first, int vectors, std::int64_t rest) const {
+    const std::int64_t last = classes - Isa::kWidth;
+    const auto seen = lanes_below<Isa>(Isa::kWidth - rest);
+    F32 p[kStrip + 1], sum = {}, product = {};
+    for (int i = 0; i < vectors; ++i) {
+      const F32 d = distance(first + i * Isa::kWidth);
+      p[i] = boltzmann<Isa>(d, beta);
+      sum += p[i];
+      product += p[i] * finite<Isa>(d);
+    }
+    if (rest) {
+      const F32 d = distance(last);
+      p[vectors] = seen ? F32{} : boltzmann<Isa>(d, beta);
+      sum += p[vectors];
+      product += p[vectors] * finite<Isa>(d);
+    }
+    const float weight = Isa::sum(sum), centre = Isa::sum(product) / weight;
+    Spread spread;
+    if (labels) spread.target = target(first, vectors, rest);
+    if (weight == 0) return spread;
+
+    F32 deviation = {}, squares = {};
+    const auto add = [&](F32 weights, F32 d) {
+      const F32 difference = finite<Isa>(d) - centre, weighted = weights * difference;
+      deviation += weighted;
+      squares = Isa::fma(weighted, difference, squares);
+    };
+    for (int i = 0; i < vectors; ++i) add(p[i], distance(first + i * Isa::kWidth));
+    if (rest) add(p[vectors], distance(last));
+    const double correction = static_cast<double>(Isa::sum(deviation)) / weight;
+    spread.weight = weight;
+    spread.mean = centre + correction;
+    spread.squares = Isa::sum(squares) - weight * correction * correction;
+    return spread;
+  }
+
+  double target(std::int64_t first, int vectors, std::int64_t rest) const {
+    F32 sum = {};
+    for (std::int64_t c = first; c < first + vectors * Isa::kWidth; c += Isa::kWidth) {
+      sum += soft_target<Isa>(load_in_order<Isa>(labels + c), distance(c));
+    }
+    if (rest) {
+      const std::int64_t last = classes - Isa::kWidth;
+      const F32 label = lanes_below<Isa>(Isa::kWidth - rest) ? F32{} : load_in_order<Isa>(labels + last);
+      sum += soft_target<Isa>(label, distance(last));
+    }
+    return Isa::sum(sum);
+  }
+};
+
 template <class Isa, class T>
 TemperatureSums temperature_nll_row(const TemperatureNll& args, const InverseTemperature<Isa>& beta,
                                     std::int64_t n) {
-  using F32 = typename Isa::F32;
-  constexpr std::int64_t kStrip = 32 * Isa::kWidth;  // so few fp32 terms to a lane that rounding stays small
-  const T* row = static_cast<const T*>(args.logits.data) + n * args.logits.stride;
-  const float* soft_labels =
+  const T* logits = static_cast<const T*>(args.logits.data) + n * args.logits.stride;
+  const float* labels =
       args.labels ? nullptr : static_cast<const float*>(args.soft_labels.data) + n * args.soft_labels.stride;
-  const float maximum = row_maximum<Isa>(row, args.classes, beta);
-  const auto distance = [&](std::int64_t c) {
-    return Isa::fma(load_in_order<Isa>(row + c), beta.sign, broadcast<Isa>(-maximum));
-  };
-  const std::int64_t rest = args.classes % Isa::kWidth, whole = args.classes - rest;
-  Moments<Isa> moments;
-  F32 soft = {};
-  if (rest) {
-    const std::int64_t last = args.classes - Isa::kWidth;
-    const auto in_loop = lanes_below<Isa>(Isa::kWidth - rest);
-    const F32 d = distance(last);
-    moments.add(in_loop ? F32{} : boltzmann<Isa>(d, beta), d);
-    if (soft_labels) soft = soft_target<Isa>(in_loop ? F32{} : load_in_order<Isa>(soft_labels + last), d);
+  const float maximum = row_maximum<Isa>(logits, args.classes, beta);
+  const LongRow<Isa, T> row = {logits, labels, args.classes, beta, maximum};
+  const std::int64_t vectors = args.classes / Isa::kWidth, rest = args.classes % Isa::kWidth;
+  Spread spread;
+  for (std::int64_t first = 0; first < vectors; first += row.kStrip) {
+    const bool is_last = vectors - first <= row.kStrip;
+    spread.merge(row.strip(first * Isa::kWidth, static_cast<int>(is_last ? vectors - first : row.kStrip),
+                           is_last ? rest : 0));
   }
-  double p = 0, pd = 0, pdd = 0, target = 0;
-  for (std::int64_t start = 0; start < whole; start += kStrip) {
-    const std::int64_t end = whole - start < kStrip ? whole : start + kStrip;
-    for (std::int64_t c = start; c < end; c += Isa::kWidth) {
-      const F32 d = distance(c);
-      moments.add(boltzmann<Isa>(d, beta), d);
-    }
-    p += Isa::sum(moments.p), pd += Isa::sum(moments.pd), pdd += Isa::sum(moments.pdd);
-    moments = {};
-    if (!soft_labels) continue;
-    for (std::int64_t c = start; c < end; c += Isa::kWidth) {
-      soft += soft_target<Isa>(load_in_order<Isa>(soft_labels + c), distance(c));
-    }
-    target += Isa::sum(soft);
-    soft = F32{};
-  }
-  if (!soft_labels) target = hard_target(row, args.labels[n], args, beta.sign[0], maximum);
-  const double mean = pd / p;
-  return {__builtin_log(p), mean, target, pdd / p - mean * mean};
+  if (args.labels) spread.target = hard_target(logits, args.labels[n], args, beta.sign[0], maximum);
+  return {__builtin_log(spread.weight), spread.mean, spread.target, spread.squares / spread.weight};
 }
 
 // Rows up to this length share vectors: up to 4 times faster than row by row.
@@ -196,10 +246,31 @@ void transpose(const float* rows, std::int64_t classes, float* columns) {
   }
 }
 
+// Adds the first lanes of a vector of fp32 to as many sums in double.
+template <class Isa>
+void add_lanes(double* sums, typename Isa::F32 terms, typename Isa::I32 counted) {
+  const typename Isa::F32 chosen = counted ? terms : typename Isa::F32{};
+  for (int lane = 0; lane < Isa::kWidth; ++lane) sums[lane] += chosen[lane];
+}
+
+template <class Isa>
+struct LaneSums {
+  double log_partition[Isa::kWidth] = {}, mean[Isa::kWidth] = {}, target[Isa::kWidth] = {},
+         variance[Isa::kWidth] = {};
+
+  TemperatureSums total() const {
+    TemperatureSums sums = {};
+    for (int lane = 0; lane < Isa::kWidth; ++lane) {
+      accumulate(sums, {log_partition[lane], mean[lane], target[lane], variance[lane]});
+    }
+    return sums;
+  }
+};
+
 // Up to kWidth short rows, each in a lane of its own.
 template <class Isa, class T>
-TemperatureSums temperature_nll_short_rows(const TemperatureNll& args, const InverseTemperature<Isa>& beta,
-                                           std::int64_t first, std::int64_t rows) {
+void temperature_nll_short_rows(const TemperatureNll& args, const InverseTemperature<Isa>& beta,
+                                std::int64_t first, std::int64_t rows, LaneSums<Isa>& sums) {
   using F32 = typename Isa::F32;
   constexpr int kWidth = Isa::kWidth;
   const std::int64_t classes = args.classes;
@@ -214,10 +285,19 @@ TemperatureSums temperature_nll_short_rows(const TemperatureNll& args, const Inv
     const F32 column = beta.sign * load_in_order<Isa>(columns + c * kWidth);
     maximum = column > maximum ? column : maximum;
   }
-  Moments<Isa> moments;
+  F32 d[kShortRow], p[kShortRow], sum = {}, product = {};
   for (std::int64_t c = 0; c < classes; ++c) {
-    const F32 d = Isa::fma(load_in_order<Isa>(columns + c * kWidth), beta.sign, -maximum);
-    moments.add(boltzmann<Isa>(d, beta), d);
+    d[c] = Isa::fma(load_in_order<Isa>(columns + c * kWidth), beta.sign, -maximum);
+    p[c] = boltzmann<Isa>(d[c], beta);
+    sum += p[c];
+    product += p[c] * finite<Isa>(d[c]);
+  }
+  const F32 centre = product / sum;
+  F32 deviation = {}, squares = {};
+  for (std::int64_t c = 0; c < classes; ++c) {
+    const F32 difference = finite<Isa>(d[c]) - centre, weighted = p[c] * difference;
+    deviation += weighted;
+    squares = Isa::fma(weighted, difference, squares);
   }
   F32 target = {};
   if (args.labels) {
@@ -225,33 +305,34 @@ TemperatureSums temperature_nll_short_rows(const TemperatureNll& args, const Inv
       target[r] = hard_target(z + r * classes, args.labels[first + r], args, beta.sign[0], maximum[r]);
     }
   } else {
-    float labels[kShortRow * kWidth] = {};
     widen_rows<Isa>(static_cast<const float*>(args.soft_labels.data) + first * args.soft_labels.stride,
                     args.soft_labels.stride, rows, classes, z);
-    transpose<Isa>(z, classes, labels);
+    transpose<Isa>(z, classes, columns);
     for (std::int64_t c = 0; c < classes; ++c) {
-      const F32 d = Isa::fma(load_in_order<Isa>(columns + c * kWidth), beta.sign, -maximum);
-      target += soft_target<Isa>(load_in_order<Isa>(labels + c * kWidth), d);
+      target += soft_target<Isa>(load_in_order<Isa>(columns + c * kWidth), d[c]);
     }
   }
-  const F32 mean = moments.pd / moments.p;
-  const F32 variance = moments.pdd / moments.p - mean * mean;
-  const auto total = [counted = lanes_below<Isa>(rows)](F32 terms) {
-    return static_cast<double>(Isa::sum(counted ? terms : F32{}));
-  };
-  return {total(log<Isa>(moments.p)), total(mean), total(target), total(variance)};
+  const auto counted = lanes_below<Isa>(rows);
+  const F32 correction = deviation / sum;
+  add_lanes<Isa>(sums.log_partition, log<Isa>(sum), counted);
+  add_lanes<Isa>(sums.mean, centre, counted);
+  add_lanes<Isa>(sums.mean, correction, counted);
+  add_lanes<Isa>(sums.target, target, counted);
+  add_lanes<Isa>(sums.variance, squares / sum - correction * correction, counted);
 }
 
 template <class Isa, class T>
 TemperatureSums temperature_nll(const TemperatureNll& args, std::int64_t begin, std::int64_t end) {
   const InverseTemperature<Isa> beta(args.beta);
-  const std::int64_t step = args.classes <= kShortRow ? Isa::kWidth : 1;
-  TemperatureSums sums = {};
-  for (std::int64_t n = begin; n < end; n += step) {
-    const std::int64_t rows = end - n < step ? end - n : step;
-    accumulate(sums, args.classes <= kShortRow ? temperature_nll_short_rows<Isa, T>(args, beta, n, rows)
-                                               : temperature_nll_row<Isa, T>(args, beta, n));
+  if (args.classes <= kShortRow) {
+    LaneSums<Isa> sums;
+    for (std::int64_t n = begin; n < end; n += Isa::kWidth) {
+      temperature_nll_short_rows<Isa, T>(args, beta, n, end - n < Isa::kWidth ? end - n : Isa::kWidth, sums);
+    }
+    return sums.total();
   }
+  TemperatureSums sums = {};
+  for (std::int64_t n = begin; n < end; ++n) accumulate(sums, temperature_nll_row<Isa, T>(args, beta, n));
   return sums;
 }
 

@@ -64,6 +64,8 @@ def _minimise(evaluate: Callable[[float], _Point], point: _Point) -> tuple[float
             return point.beta * math.exp(step), point.nll_after(step), True
         rising = point.first < 0
         low, high = (point.beta, high) if rising else (low, point.beta)
+        if high < low * (1 + _TOLERANCE):  # where rounding outweighs the slope
+            return point.beta, point.nll, True
         ahead = high if rising else low
         beta = point.beta * math.exp(step)
         inside = low < beta < high
