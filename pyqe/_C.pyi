@@ -115,5 +115,6 @@ def temperature_nll(
     """Mean NLL of softmax(beta logits[n]), and its first and second derivative in beta.
 
     labels [n] are int64, or 0 where there are soft_labels [n, classes] (fp32). A row with NaN, +inf or a label of
-    -1 makes the result NaN. IndexError for a label that is neither -1 nor below classes.
+    -1 makes the result NaN. Rows are added up in fp64, in an order that does not depend on threads. IndexError for
+    a label that is neither -1 nor below classes.
     """

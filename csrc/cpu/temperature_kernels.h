@@ -134,8 +134,8 @@ struct Spread {
 };
 
 // A row of at least kWidth classes, a vector at a time. What the vectors leave over comes last, in a vector
-// that ends where the row does and leaves out the logits that came before: a partial load through a buffer
-// would cost 20 ns a row.
+// that ends where the row does and leaves out the logits that came before: a load of part of a vector goes
+// through a buffer and waits for it.
 template <class Isa, class T>
 struct LongRow {
   using F32 = typename Isa::F32;
@@ -221,7 +221,7 @@ TemperatureSums temperature_nll_row(const TemperatureNll& args, const InverseTem
   return {__builtin_log(spread.weight), spread.mean, spread.target, spread.squares / spread.weight};
 }
 
-// Rows up to this length share vectors: up to 4 times faster than row by row.
+// Rows up to this length share vectors: sums over the lanes are most of the work on a short row.
 constexpr std::int64_t kShortRow = 64;
 
 // Rows of any dtype as fp32, without gaps.
