@@ -11,6 +11,8 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/operations.h"
+#include "cpu/sampling.h"
+#include "cpu/statistics.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -101,6 +103,99 @@ std::tuple<double, double, double> temperature_nll(Address logits, Address label
   return {result.nll, result.first, result.second};
 }
 
+cpu::Logits existing_logits(Address logits, std::int64_t n, std::int64_t vocab, std::int64_t stride,
+                            int dtype) {
+  cpu::Logits from = {};
+  from.logits = matrix(logits, stride);
+  from.n = n, from.vocab = vocab;
+  from.dtype = static_cast<DType>(dtype);
+  return from;
+}
+
+cpu::Logits linear_logits(Address hidden, Address weight, Address bias, Address row_scale, Address row_shift,
+                          double scale, double bias_scale, double softcap, std::int64_t n, std::int64_t dim,
+                          std::int64_t vocab, std::int64_t hidden_stride, std::int64_t weight_stride,
+                          int dtype) {
+  cpu::Logits from = {};
+  from.hidden = matrix(hidden, hidden_stride);
+  from.weight = matrix(weight, weight_stride);
+  from.bias = pointer<const void>(bias);
+  from.row_scale = pointer<const float>(row_scale);
+  from.row_shift = pointer<const float>(row_shift);
+  from.scale = static_cast<float>(scale), from.bias_scale = static_cast<float>(bias_scale);
+  from.softcap = static_cast<float>(softcap);
+  from.n = n, from.dim = dim, from.vocab = vocab;
+  from.dtype = static_cast<DType>(dtype);
+  return from;
+}
+
+DominantRule dominant_rule(int kind, bool last_cut, double ratio, double epsilon, double p, std::int64_t k) {
+  return {static_cast<DominantKind>(kind), last_cut, ratio, epsilon, p, k};
+}
+
+void softmax_stats(const cpu::Logits& logits, const DominantRule& rule, Address token_ids,
+                   Address token_logits, std::int64_t n_tokens, Address max_logit, Address max_logprob,
+                   Address argmax, Address entropy, Address tempered, double temperature, Address topk_logits,
+                   Address topk_ids, std::int64_t top_k, Address dominant_ids, Address size, Address mass,
+                   std::int64_t members, int threads) {
+  cpu::SoftmaxStats args = {};
+  args.logits = logits;
+  args.rule = rule;
+  args.token_ids = pointer<const std::int64_t>(token_ids);
+  args.token_logits = pointer<float>(token_logits);
+  args.n_tokens = n_tokens, args.top_k = top_k, args.members = members;
+  args.temperature = temperature;
+  args.max_logit = pointer<float>(max_logit), args.max_logprob = pointer<float>(max_logprob);
+  args.argmax = pointer<std::int64_t>(argmax);
+  args.entropy = pointer<float>(entropy), args.tempered = pointer<float>(tempered);
+  args.topk_logits = pointer<float>(topk_logits), args.topk_ids = pointer<std::int64_t>(topk_ids);
+  args.dominant_ids = pointer<std::int64_t>(dominant_ids), args.size = pointer<std::int64_t>(size);
+  args.mass = pointer<float>(mass);
+  cpu::softmax_stats(args, threads);
+}
+
+void copy_logits(const cpu::Logits& logits, Address to, int threads) {
+  cpu::copy_logits(logits, pointer<float>(to), threads);
+}
+
+void sigmoid_stats(const cpu::Logits& logits, Address token_ids, Address token_logits, std::int64_t n_tokens,
+                   Address max_logit, Address argmax, Address sum_prob, Address count_above, double threshold,
+                   Address topk_logits, Address topk_ids, std::int64_t top_k, int threads) {
+  cpu::SigmoidStats args = {};
+  args.logits = logits;
+  args.token_ids = pointer<const std::int64_t>(token_ids);
+  args.token_logits = pointer<float>(token_logits);
+  args.n_tokens = n_tokens, args.top_k = top_k;
+  args.threshold = static_cast<float>(threshold);
+  args.max_logit = pointer<float>(max_logit), args.sum_prob = pointer<float>(sum_prob);
+  args.argmax = pointer<std::int64_t>(argmax), args.count_above = pointer<std::int64_t>(count_above);
+  args.topk_logits = pointer<float>(topk_logits), args.topk_ids = pointer<std::int64_t>(topk_ids);
+  cpu::sigmoid_stats(args, threads);
+}
+
+// Sources as (softmax, unigram, uniform, count).
+using Sources = std::vector<std::tuple<double, double, double, std::int64_t>>;
+
+void sample_negatives(const cpu::Logits& logits, const DominantRule& exclude, const Sources& sources,
+                      Address targets, std::int64_t members, double beta, Address factor, Address counts,
+                      std::uint64_t seed, Address ids, Address undecided, int threads) {
+  std::vector<cpu::Source> parts;
+  for (const auto& [softmax, unigram, uniform, count] : sources)
+    parts.push_back({softmax, unigram, uniform, count});
+  cpu::SampleNegatives args = {};
+  args.logits = logits;
+  args.exclude = exclude;
+  args.sources = parts.data(), args.n_sources = static_cast<std::int64_t>(parts.size());
+  args.targets = pointer<const std::int64_t>(targets);
+  args.members = members;
+  args.beta = static_cast<float>(beta);
+  args.factor = pointer<const float>(factor), args.counts = pointer<const float>(counts);
+  args.seed = seed;
+  args.ids = pointer<std::int64_t>(ids), args.undecided = pointer<std::int64_t>(undecided);
+  const py::gil_scoped_release release;
+  cpu::sample_negatives(args, threads);
+}
+
 int max_threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -155,4 +250,28 @@ PYBIND11_MODULE(_C, module) {
   module.def("temperature_nll", temperature_nll, WithoutGil(), arg("logits"), arg("labels"),
              arg("soft_labels"), py::kw_only(), arg("n"), arg("classes"), arg("beta"), arg("logits_stride"),
              arg("soft_labels_stride"), arg("dtype"), arg("threads"));
+
+  py::class_<cpu::Logits>(module, "Logits");
+  module.def("existing_logits", existing_logits, arg("logits"), py::kw_only(), arg("n"), arg("vocab"),
+             arg("stride"), arg("dtype"));
+  module.def("linear_logits", linear_logits, arg("hidden"), arg("weight"), arg("bias"), arg("row_scale"),
+             arg("row_shift"), py::kw_only(), arg("scale"), arg("bias_scale"), arg("softcap"), arg("n"),
+             arg("dim"), arg("vocab"), arg("hidden_stride"), arg("weight_stride"), arg("dtype"));
+  py::class_<DominantRule>(module, "DominantRule");
+  module.def("dominant_rule", dominant_rule, py::kw_only(), arg("kind"), arg("last_cut"), arg("ratio"),
+             arg("epsilon"), arg("p"), arg("k"));
+  module.def("softmax_stats", softmax_stats, WithoutGil(), arg("logits"), arg("rule"), py::kw_only(),
+             arg("token_ids"), arg("token_logits"), arg("n_tokens"), arg("max_logit"), arg("max_logprob"),
+             arg("argmax"), arg("entropy"), arg("tempered"), arg("temperature"), arg("topk_logits"),
+             arg("topk_ids"), arg("top_k"), arg("dominant_ids"), arg("size"), arg("mass"), arg("members"),
+             arg("threads"));
+  module.def("copy_logits", copy_logits, WithoutGil(), arg("logits"), arg("to"), py::kw_only(),
+             arg("threads"));
+  module.def("sigmoid_stats", sigmoid_stats, WithoutGil(), arg("logits"), py::kw_only(), arg("token_ids"),
+             arg("token_logits"), arg("n_tokens"), arg("max_logit"), arg("argmax"), arg("sum_prob"),
+             arg("count_above"), arg("threshold"), arg("topk_logits"), arg("topk_ids"), arg("top_k"),
+             arg("threads"));
+  module.def("sample_negatives", sample_negatives, arg("logits"), arg("exclude"), arg("sources"),
+             py::kw_only(), arg("targets"), arg("members"), arg("beta"), arg("factor"), arg("counts"),
+             arg("seed"), arg("ids"), arg("undecided"), arg("threads"));
 }

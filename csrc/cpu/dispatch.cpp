@@ -75,12 +75,25 @@ struct Level {
   const Kernels* kernels;
 };
 
+using Names = std::vector<std::string>;
+
+Names with(Names names, const Names& more) {
+  names.insert(names.end(), more.begin(), more.end());
+  return names;
+}
+
 // Best first.
 const std::vector<Level>& levels() {
+#if PYQE_X86
+  static const Names kAvx2 = {"avx2", "fma", "f16c"};
+  static const Names kAvx512 = with(kAvx2, {"avx512f", "avx512bw", "avx512dq", "avx512vl"});
+#endif
   static const std::vector<Level> all = {
 #if PYQE_X86
-      {"avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}, &avx512_kernels},
-      {"avx2", {"avx2", "fma", "f16c"}, &avx2_kernels},
+      {"amx", with(kAvx512, {"avx512_bf16", "amx_tile", "amx_bf16"}), &amx_kernels},
+      {"avx512_bf16", with(kAvx512, {"avx512_bf16"}), &avx512_bf16_kernels},
+      {"avx512", kAvx512, &avx512_kernels},
+      {"avx2", kAvx2, &avx2_kernels},
 #endif
       {"portable", {}, &portable_kernels},
   };

@@ -1,8 +1,11 @@
 // The vector layer: what every instruction set shares.
 //
 // An instruction set is a struct `Isa` (simd_*.h) with the vector types F32 and I32 of kWidth lanes, and the
-// few operations that the compiler's vector extension cannot express: fma, sum and the fp16 conversions.
-// Arithmetic, comparison and selection are plain operators on F32 and I32.
+// few operations that the compiler's vector extension cannot express: fma, max and min (of which the second
+// argument is the result where one is NaN), sum and largest of the lanes,
+// bits (one of each lane of a mask), interleave (a0 b0 a1 b1 ... into a
+// and then b), and the 16-bit conversions. Arithmetic, comparison and selection are plain operators on F32
+// and I32.
 //
 // Everything lives in an anonymous namespace, and no std:: template is used: these headers are compiled once
 // per instruction set, and nothing may be merged by the linker across those builds.

@@ -3,6 +3,7 @@
 
 #include "cpu/inverse_softmax_kernels.h"
 #include "cpu/kernels.h"
+#include "cpu/scan_kernels.h"
 #include "cpu/temperature_kernels.h"
 #include "cpu/token_logits_kernels.h"
 
@@ -28,6 +29,11 @@ constexpr Kernels kernel_table() {
           token_logits_backward_weight<Isa, decltype(element)>(args, begin, end);
         });
       },
+      panel_shape<Isa>,
+      pack_rows<Isa>,
+      scan_segments<Isa>,
+      tile_logits<Isa>,
+      scaled_exp<Isa>,
       inverse_softmax<Isa>,
       [](const TemperatureNll& args, std::int64_t begin, std::int64_t end) {
         TemperatureSums sums = {};

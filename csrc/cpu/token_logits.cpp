@@ -2,35 +2,9 @@
 #include "cpu/dispatch.h"
 #include "cpu/operations.h"
 #include "cpu/parallel.h"
+#include "cpu/scan_driver.h"
 
 namespace pyqe::cpu {
-namespace {
-
-std::int64_t element_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return 4;
-    case DType::kBFloat16:
-    case DType::kFloat16:
-      return 2;
-    case DType::kFloat64:
-      break;
-  }
-  throw std::invalid_argument("dtype: expected fp32 (0), bf16 (1) or fp16 (2), got " +
-                              std::to_string(static_cast<int>(dtype)));
-}
-
-void check_token_ids(const std::int64_t* token_ids, std::int64_t n, std::int64_t k, std::int64_t vocab) {
-  for (std::int64_t pair = 0; pair < n * k; ++pair) {
-    // Unsigned, so that one comparison covers both ends: -1 becomes 0, ids below it become huge.
-    if (static_cast<std::uint64_t>(token_ids[pair]) + 1 > static_cast<std::uint64_t>(vocab)) {
-      throw TokenIdError(pair / k, pair % k, token_ids[pair], vocab);
-    }
-  }
-}
-
-}  // namespace
-
 void token_logits_forward(const TokenLogitsForward& args, int threads) {
   require_at_least("n", args.n, 0);
   require_at_least("k", args.k, 0);

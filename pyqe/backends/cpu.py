@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyqe.backends import reference
+from pyqe.dominant import DominantRule
 
 try:
     from pyqe import _C
@@ -50,16 +54,20 @@ def _check_grad(grad: Tensor, token_ids: Tensor) -> None:
         raise ValueError(f"grad: expected {list(token_ids.shape)} as token_ids, got {list(grad.shape)}")
 
 
-def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
+def _checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     _check_pair("hidden", hidden, weight.shape[1], weight.dtype)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(
             f"bias: expected [{weight.shape[0]}] in {weight.dtype}, got {list(bias.shape)} in {bias.dtype}"
         )
+    return _rows(hidden), _rows(weight), None if bias is None else bias.contiguous()
+
+
+def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
+    hidden, weight, bias = _checked_head(hidden, weight, bias)
     if len(token_ids) != len(hidden):
         raise ValueError(f"token_ids: expected {len(hidden)} rows as hidden, got {len(token_ids)}")
-    hidden, weight, ids = _rows(hidden), _rows(weight), token_ids.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    ids = token_ids.contiguous()
     out = torch.empty(ids.shape, dtype=torch.float32)
     _C.token_logits_forward(
         hidden.data_ptr(),
@@ -196,11 +204,344 @@ def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tenso
     )
 
 
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def _existing(logits: Tensor) -> Any:
+    """Logits [N, V] for the library; ``logits`` must have contiguous rows."""
+    return _C.existing_logits(
+        logits.data_ptr(),
+        n=len(logits),
+        vocab=logits.shape[1],
+        stride=logits.stride(0),
+        dtype=_DTYPE_CODES[logits.dtype],
+    )
+
+
+def _linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float = 1.0,
+    bias_scale: float = 1.0,
+    softcap: float | None = None,
+    row_scale: Tensor | None = None,
+    row_shift: Tensor | None = None,
+) -> Any:
+    """``scale * row_scale * hidden @ weight.T + bias_scale * bias + row_shift``, capped, for the library."""
+    return _C.linear_logits(
+        hidden.data_ptr(),
+        weight.data_ptr(),
+        _pointer(bias),
+        _pointer(row_scale),
+        _pointer(row_shift),
+        scale=scale,
+        bias_scale=bias_scale,
+        softcap=softcap or 0.0,
+        n=len(hidden),
+        dim=hidden.shape[1],
+        vocab=weight.shape[0],
+        hidden_stride=hidden.stride(0),
+        weight_stride=weight.stride(0),
+        dtype=_DTYPE_CODES[weight.dtype],
+    )
+
+
+_RULE_KINDS = {"jump": 1, "top_k": 2, "top_p": 3, "min_p": 4, "epsilon": 5, "eta": 6}
+
+
+def _rule(rule: DominantRule | None) -> Any:
+    if rule is None:
+        return _C.dominant_rule(kind=0, last_cut=False, ratio=0.0, epsilon=0.0, p=0.0, k=0)
+    return _C.dominant_rule(
+        kind=_RULE_KINDS[rule.kind],
+        last_cut=rule.cut == "last",
+        ratio=rule.ratio,
+        epsilon=rule.epsilon,
+        p=rule.p,
+        k=rule.k,
+    )
+
+
+def _joined_ids(n: int, token_ids: Tensor | None, choice_ids: Tensor | None) -> Tensor:
+    """Token ids [N, K] and choices [N, C] (or [1, C] for all rows) beside each other."""
+    given = [ids.expand(n, -1) for ids in (token_ids, choice_ids) if ids is not None]
+    return torch.cat(given, 1).contiguous() if given else torch.empty(n, 0, dtype=torch.int64)
+
+
+def _softmax_stats(
+    logits: Any,
+    n: int,
+    vocab_size: int,
+    token_ids: Tensor | None,
+    choice_ids: Tensor | None,
+    top_k: int,
+    temperature: float | None,
+    entropy: bool,
+    dominant: str,
+) -> tuple[Tensor, ...]:
+    rule = DominantRule.parse(dominant) if dominant else None
+    members = rule.max_size(vocab_size) if rule else 0
+    ids, k = _joined_ids(n, token_ids, choice_ids), min(top_k, vocab_size)
+    n_tokens = 0 if token_ids is None else token_ids.shape[1]
+
+    def row(wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((n,) if wanted else (n, 0), dtype=dtype)
+
+    max_logit, max_logprob, argmax = row(), row(), row(dtype=torch.int64)
+    row_entropy, tempered = row(entropy), row(temperature is not None)
+    gathered = torch.empty(ids.shape)
+    topk_logits, topk_ids = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
+    dominant_ids = torch.empty(n, members, dtype=torch.int64)
+    size, mass = row(rule is not None, torch.int64), row(rule is not None)
+    _C.softmax_stats(
+        logits,
+        _rule(rule),
+        token_ids=ids.data_ptr(),
+        token_logits=gathered.data_ptr(),
+        n_tokens=ids.shape[1],
+        max_logit=max_logit.data_ptr(),
+        max_logprob=max_logprob.data_ptr(),
+        argmax=argmax.data_ptr(),
+        entropy=row_entropy.data_ptr() if entropy else 0,
+        tempered=0 if temperature is None else tempered.data_ptr(),
+        temperature=temperature or 1.0,
+        topk_logits=topk_logits.data_ptr(),
+        topk_ids=topk_ids.data_ptr(),
+        top_k=k,
+        dominant_ids=dominant_ids.data_ptr(),
+        size=size.data_ptr(),
+        mass=mass.data_ptr(),
+        members=members,
+        threads=torch.get_num_threads(),
+    )
+    token_logits, choice_logits = gathered[:, :n_tokens].clone(), gathered[:, n_tokens:].clone()
+    return (
+        max_logit,
+        max_logprob,
+        argmax,
+        row_entropy,
+        token_logits,
+        tempered,
+        topk_logits,
+        topk_ids,
+        choice_logits,
+        dominant_ids,
+        size,
+        mass,
+    )
+
+
+def _look_again(
+    results: tuple[Tensor, ...], dominant: str, logits_of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """Dominant tokens of the rows that the scan left open: rules without a bound may need many tokens."""
+    dominant_ids, size, mass = results[9:]
+    if dominant:
+        for rows in (size < 0).nonzero()[:, 0].split(reference.ROW_BLOCK):
+            found = reference.dominant_of(logits_of(rows), DominantRule.parse(dominant))
+            dominant_ids[rows], size[rows], mass[rows] = found
+    return results
+
+
+def _lm_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """Logits of an LM's head for the library, and a function that computes those of some rows, float32 [n, V]."""
+    hidden, weight, bias = _checked_head(hidden, weight, bias)
+
+    def head(hidden: Tensor) -> Any:
+        return _linear(hidden, weight, bias, scale=scale, bias_scale=scale, softcap=softcap)
+
+    def logits_of(rows: Tensor) -> Tensor:
+        some = hidden[rows]
+        out = torch.empty(len(some), weight.shape[0])
+        _C.copy_logits(head(some), out.data_ptr(), threads=torch.get_num_threads())
+        return out
+
+    return head(hidden), logits_of
+
+
+def softmax_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    logits = _rows(logits)
+    results = _softmax_stats(_existing(logits), *logits.shape, *options)
+    return _look_again(results, options[-1], lambda rows: logits[rows].float())
+
+
+def linear_softmax_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    logits, logits_of = _lm_logits(hidden, weight, bias, logit_scale, logit_softcap)
+    results = _softmax_stats(logits, len(hidden), weight.shape[0], *options)
+    return _look_again(results, options[-1], logits_of)
+
+
+def _threshold_logit(threshold: float) -> float:
+    """The logit whose sigmoid is the threshold."""
+    if not 0 < threshold < 1:
+        return -math.inf if threshold <= 0 else math.inf
+    return math.log(threshold / (1 - threshold))
+
+
+def _sigmoid_stats(
+    logits: Any, n: int, vocab_size: int, token_ids: Tensor | None, top_k: int, threshold: float | None
+) -> tuple[Tensor, ...]:
+    ids, k = _joined_ids(n, token_ids, None), min(top_k, vocab_size)
+    max_logit, sum_prob, argmax = torch.empty(n), torch.empty(n), torch.empty(n, dtype=torch.int64)
+    above = torch.empty((n,) if threshold is not None else (n, 0), dtype=torch.int64)
+    gathered = torch.empty(ids.shape)
+    topk_logits, topk_ids = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
+    _C.sigmoid_stats(
+        logits,
+        token_ids=ids.data_ptr(),
+        token_logits=gathered.data_ptr(),
+        n_tokens=ids.shape[1],
+        max_logit=max_logit.data_ptr(),
+        argmax=argmax.data_ptr(),
+        sum_prob=sum_prob.data_ptr(),
+        count_above=0 if threshold is None else above.data_ptr(),
+        threshold=0.0 if threshold is None else _threshold_logit(threshold),
+        topk_logits=topk_logits.data_ptr(),
+        topk_ids=topk_ids.data_ptr(),
+        top_k=k,
+        threads=torch.get_num_threads(),
+    )
+    return max_logit, argmax, sum_prob, above, gathered, topk_logits, topk_ids
+
+
+def sigmoid_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    logits = _rows(logits)
+    return _sigmoid_stats(_existing(logits), *logits.shape, *options)
+
+
+def linear_sigmoid_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    row_scale, row_shift = (None if term is None else term.float().contiguous() for term in (scale, shift))
+    logits = _linear(hidden, weight, bias, row_scale=row_scale, row_shift=row_shift)
+    return _sigmoid_stats(logits, len(hidden), weight.shape[0], *options)
+
+
+# --- negatives ------------------------------------------------------------------------------------------------------
+
+
+def _sources(
+    sources: list[str],
+    shares: list[int],
+    mixture_weights: list[float],
+    combination: str,
+    temperature: float,
+    counts: Tensor | None,
+) -> tuple[list[tuple[float, float, float, int]], float, Tensor | None, Tensor | None]:
+    """Sources as weights of the softmax, unigram and uniform parts with the number to draw; 1 / T, factors, counts.
+
+    A product of sources is one softmax or unigram part: :math:`(e^{z/T})^a f^b`, with factors f for the tokens.
+    """
+    names = ("softmax", "unigram", "uniform")
+    if combination == "product":
+        powers = [sources.count(name) for name in names]
+        if powers[1]:
+            assert counts is not None
+            counts = (counts / counts.max()) ** powers[1]
+        part = 0 if powers[0] else 1 if powers[1] else 2
+        weights = tuple(float(i == part) for i in range(3))
+        return (
+            [(*weights, shares[0])],
+            max(powers[0], 1) / temperature,
+            counts if powers[0] and powers[1] else None,
+            counts,
+        )
+    if combination == "mixture":
+        weights = tuple(
+            sum(weight for source, weight in zip(sources, mixture_weights, strict=True) if source == name)
+            for name in names
+        )
+        return [(*weights, shares[0])], 1 / temperature, None, counts
+    parts = [(*(float(source == name) for name in names), share) for source, share in zip(sources, shares, strict=True)]
+    return parts, 1 / temperature, None, counts
+
+
+def _sample_negatives(
+    logits: Any,
+    vocab_size: int,
+    logits_of: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    seed: Tensor,
+    sources: list[str],
+    shares: list[int],
+    mixture_weights: list[float],
+    combination: str,
+    temperature: float,
+    exclude: str,
+    unigram_counts: Tensor | None,
+) -> Tensor:
+    rule = DominantRule.parse(exclude) if exclude else None
+    counts = None if unigram_counts is None else unigram_counts.float().contiguous()
+    parts, beta, factor, counts = _sources(sources, shares, mixture_weights, combination, temperature, counts)
+    targets = targets.contiguous()
+    ids = torch.empty(len(targets), sum(shares), dtype=torch.int64)
+    undecided = torch.empty(len(targets), dtype=torch.int64)
+    _C.sample_negatives(
+        logits,
+        _rule(rule),
+        parts,
+        targets=targets.data_ptr(),
+        members=rule.max_size(vocab_size) if rule else 0,
+        beta=beta,
+        factor=_pointer(factor),
+        counts=_pointer(counts),
+        seed=int(seed),
+        ids=ids.data_ptr(),
+        undecided=undecided.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    options = (sources, shares, mixture_weights, combination, temperature, exclude, unigram_counts)
+    for row in undecided.nonzero()[:, 0].tolist():  # the rule has no bound, and this row has very many dominant tokens
+        rows = torch.tensor([row])
+        ids[row] = reference.sample_rows(logits_of(rows), targets[rows], row, int(seed), *options)[0]
+    return ids
+
+
+def sample_negatives(logits: Tensor, *options: Any) -> Tensor:
+    logits = _rows(logits)
+    return _sample_negatives(_existing(logits), logits.shape[1], lambda rows: logits[rows].float(), *options)
+
+
+def linear_sample_negatives(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    *options: Any,
+) -> Tensor:
+    logits, logits_of = _lm_logits(hidden, weight, bias, logit_scale, logit_softcap)
+    return _sample_negatives(logits, weight.shape[0], logits_of, *options)
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear_token_logits": linear_token_logits,
     "token_logits_grad_hidden": token_logits_grad_hidden,
     "token_logits_grad_rows": token_logits_grad_rows,
     "token_logits_grad_weight": token_logits_grad_weight,
+    "softmax_stats": softmax_stats,
+    "linear_softmax_stats": linear_softmax_stats,
+    "sigmoid_stats": sigmoid_stats,
+    "linear_sigmoid_stats": linear_sigmoid_stats,
+    "sample_negatives": sample_negatives,
+    "linear_sample_negatives": linear_sample_negatives,
     "inverse_softmax": inverse_softmax,
     "temperature_nll": temperature_nll,
 }

@@ -202,6 +202,11 @@ def _dominant(logits: Tensor, maximum: Tensor, log_sum: Tensor, rule: DominantRu
     )
 
 
+def dominant_of(logits: Tensor, rule: DominantRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Dominant ids [n, M], their number and their mass, of logits [n, V]."""
+    return _dominant(logits, *_normaliser(logits), rule)
+
+
 def _logsumexp(logits: Tensor) -> Tensor:
     maximum, log_sum = _normaliser(logits)
     return maximum + log_sum
@@ -419,7 +424,7 @@ def _normalise(weights: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-def _sample_rows(
+def sample_rows(
     logits: Tensor,
     targets: Tensor,
     first_row: int,
@@ -469,7 +474,7 @@ def _sample(blocks: Iterable[tuple[slice, Tensor]], targets: Tensor, *options: A
     parts = []
     for rows, logits in blocks:
         n = rows.stop - rows.start
-        parts.append(_sample_rows(logits, _pad_rows(targets[rows, None], -1)[:, 0], rows.start, *options)[:n])
+        parts.append(sample_rows(logits, _pad_rows(targets[rows, None], -1)[:, 0], rows.start, *options)[:n])
     return torch.cat(parts)
 
 

@@ -1,0 +1,102 @@
+// The scan: one pass over the logits of all rows, in pieces that never leave the cache, into a few numbers
+// per row.
+//
+// The vocabulary is cut into segments of kSegment tokens. A work item is one segment for a group of rows; it
+// leaves a partial result per row, and the partial results of a row are merged in the order of the
+// vocabulary. As the segments are the same always, so is every bit of the result, whatever the number of
+// threads or of rows.
+#pragma once
+
+#include "cpu/operations.h"
+
+namespace pyqe::cpu {
+
+constexpr std::int64_t kSegment = 1024, kTile = 256;
+
+// Where the logits of n rows over `vocab` tokens come from: a matrix of them, or
+//   z = scale row_scale[n] <hidden[n], weight[v]> + bias_scale bias[v] + row_shift[n],  then  softcap tanh(z
+//   / softcap).
+struct Logits {
+  Matrix logits;                     // [n, vocab], or null: hidden and weight
+  Matrix hidden;                     // [n, dim]
+  Matrix weight;                     // [vocab, dim]
+  const void* bias;                  // [vocab] or null
+  const float* row_scale;            // [n] or null
+  const float* row_shift;            // [n] or null
+  float scale, bias_scale, softcap;  // softcap 0: none
+  std::int64_t n, dim, vocab;
+  DType dtype;  // of logits, hidden, weight and bias
+};
+
+// sum = sum e^(z - max), weighted = sum (z - max) e^(z - max), tempered = sum e^((z - max) / T), over the
+// tokens seen.
+struct SoftmaxPartial {
+  float max;
+  std::int64_t argmax;
+  double sum, weighted, tempered;
+};
+
+struct SigmoidPartial {
+  float max;
+  std::int64_t argmax, above;
+  double sum;  // of the probabilities
+};
+
+// Tokens that may be among the largest of their row. All above `floor` are kept; what is left out or thrown
+// away is at most `dropped`.
+struct Candidate {
+  float logit;
+  std::int32_t id;
+};
+
+struct Candidates {
+  Candidate* items;
+  std::int64_t size, capacity;
+  float floor, dropped;
+  // The part of the softmax seen so far by the thread that holds the list.
+  float max;
+  double sum;
+};
+
+// Sum of e^((z - max) / T) over the tokens of a tile, the first stage of a draw.
+struct TileSum {
+  float max, sum;
+};
+
+struct Scan {
+  Logits logits;
+  const float* packed_rows;  // what pack_rows made of all rows of the group
+
+  bool softmax, entropy, sigmoid;
+  float inverse_temperature;  // 0: no sum at a second temperature
+  float threshold;            // a logit; NaN: no count
+
+  const std::int64_t* token_ids;  // [n, n_tokens]; -1 is none
+  std::int64_t n_tokens;
+  float* token_logits;  // [n, n_tokens]
+
+  bool candidates;
+  float* copy;  // [n, vocab]: the logits themselves
+
+  // Results for rows [first_row, first_row + rows) of the group. Null: not wanted.
+  std::int64_t first_row, rows, segments;
+  SoftmaxPartial* softmax_partials;             // [rows, segments]
+  SigmoidPartial* sigmoid_partials;             // [rows, segments]
+  Candidates* lists;                            // [threads, rows]
+  TileSum* tile_sums;                           // [rows, tiles]
+  float tile_beta;                              // 1 / T of tile_sums
+  const float* factors;                         // [vocab], of the terms of tile_sums; null: 1
+  void (*make_room)(const Scan&, Candidates&);  // throws out what cannot matter, or makes the list longer
+  void (*raise_floor)(const Scan&, Candidates&, float max, double sum);
+  void* keeper;  // of make_room
+};
+
+// How rows are packed: `rows` to a panel, `depth` words each; see product.h.
+struct PanelShape {
+  std::int64_t rows, depth;
+};
+
+// A buffer of the calling thread, 64-byte aligned, that is reused from call to call.
+float* scratch(std::int64_t floats);
+
+}  // namespace pyqe::cpu

@@ -1,0 +1,47 @@
+// Elementary functions of vectors of fp32. Inlined by force: with a call for each vector, the constants are
+// loaded anew each time.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace pyqe::cpu {
+namespace {
+
+// e^x for x <= 88.3, within 1 ulp; 0 below -87.33 (no subnormal results), NaN for NaN.
+//
+// x = n ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + r + r^2 P(r) with the polynomial of the Cephes library's
+// expf. Adding 1.5 * 2^23 leaves the integer n in the lowest bits. ln 2 is split in a part of 9 bits, whose
+// product with n is exact, and the rest.
+template <class Isa>
+__attribute__((always_inline)) inline typename Isa::F32 exp(typename Isa::F32 x) {
+  using F32 = typename Isa::F32;
+  constexpr float kMagic = 0x1.8p23f, kLowest = -87.33f;
+  constexpr float kP[] = {5.0000001201e-1f, 1.6666665459e-1f, 4.1665795894e-2f,
+                          8.3334519073e-3f, 1.3981999507e-3f, 1.9875691500e-4f};
+  const F32 shifted = Isa::fma(x, broadcast<Isa>(0x1.715476p0f), broadcast<Isa>(kMagic));
+  const F32 n = shifted - kMagic;
+  F32 r = Isa::fma(n, broadcast<Isa>(-0x1.63p-1f), x);
+  r = Isa::fma(n, broadcast<Isa>(0x1.bd0106p-13f), r);
+  F32 p = broadcast<Isa>(kP[5]);
+  for (int i = 4; i >= 0; --i) p = Isa::fma(p, r, broadcast<Isa>(kP[i]));
+  const F32 power = Isa::fma(r * r, p, r) + 1.0f;
+  // A product, not an addition to the exponent's bits: it keeps NaN a NaN.
+  const F32 scale = float_from_bits<Isa>((bits_of<Isa>(shifted) - (0x4b400000 - 127)) << 23);
+  return x < kLowest ? F32{} : power * scale;
+}
+
+// 1 / (1 + e^-x), within 2 ulp; 0 for -infinity, 1 for infinity.
+template <class Isa>
+__attribute__((always_inline)) inline typename Isa::F32 sigmoid(typename Isa::F32 x) {
+  // min returns its second argument where one is NaN.
+  return 1.0f / (1.0f + exp<Isa>(Isa::min(broadcast<Isa>(88.0f), -x)));
+}
+
+// tanh x with an absolute error of 1e-7, which is what a softcap needs: 1 - 2 / (1 + e^2x).
+template <class Isa>
+__attribute__((always_inline)) inline typename Isa::F32 tanh(typename Isa::F32 x) {
+  return 1.0f - 2.0f / (1.0f + exp<Isa>(Isa::min(broadcast<Isa>(88.0f), x + x)));
+}
+
+}  // namespace
+}  // namespace pyqe::cpu
