@@ -18,7 +18,7 @@
 namespace pyqe::cpu {
 namespace {
 
-constexpr float kInfinity = __builtin_inff(), kLargest = 0x1.fffffep127f;
+constexpr float kLargest = 0x1.fffffep127f;
 
 // kWidth consecutive elements, in order: logits and soft labels differ in dtype and have to meet.
 template <class Isa>
@@ -105,7 +105,7 @@ float hard_target(const T* row, std::int64_t label, const TemperatureNll& args, 
   return sign * to_float(row[label]) - maximum;
 }
 
-// The largest of at least kWidth logits, NaN passed over.
+// The largest of at least kWidth logits; anything if one is NaN.
 template <class Isa, class T>
 float row_maximum(const T* row, std::int64_t classes, const InverseTemperature<Isa>& beta) {
   using F32 = typename Isa::F32;
@@ -114,8 +114,8 @@ float row_maximum(const T* row, std::int64_t classes, const InverseTemperature<I
     const F32 z = beta.sign * load_in_order<Isa>(row + c);
     maxima = z > maxima ? z : maxima;
   }
-  float maximum = -kInfinity;
-  for (int i = 0; i < Isa::kWidth; ++i) maximum = maxima[i] > maximum ? maxima[i] : maximum;
+  float maximum = maxima[0];
+  for (int i = 1; i < Isa::kWidth; ++i) maximum = maxima[i] > maximum ? maxima[i] : maximum;
   return maximum;
 }
 
@@ -280,8 +280,8 @@ void temperature_nll_short_rows(const TemperatureNll& args, const InverseTempera
                   rows, classes, z);
   transpose<Isa>(z, classes, columns);
 
-  F32 maximum = broadcast<Isa>(-kInfinity);
-  for (std::int64_t c = 0; c < classes; ++c) {
+  F32 maximum = beta.sign * load_in_order<Isa>(columns);
+  for (std::int64_t c = 1; c < classes; ++c) {
     const F32 column = beta.sign * load_in_order<Isa>(columns + c * kWidth);
     maximum = column > maximum ? column : maximum;
   }
