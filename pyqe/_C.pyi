@@ -98,3 +98,23 @@ def inverse_softmax(
     dtype is fp32 or fp64; eps is rounded to it. A row with a NaN or negative probability is NaN as a whole,
     and so is one without a finite c, as eps = 0 and a probability of 0 give with the mean.
     """
+
+def temperature_nll(
+    logits: int,
+    labels: int,
+    soft_labels: int,
+    *,
+    n: int,
+    classes: int,
+    beta: float,
+    logits_stride: int,
+    soft_labels_stride: int,
+    dtype: int,
+    threads: int,
+) -> tuple[float, float, float]:
+    """Mean NLL of softmax(beta logits[n]), and its first and second derivative in beta.
+
+    labels [n] are int64, or 0 where there are soft_labels [n, classes] (fp32). A row with NaN, +inf or a label of
+    -1 makes the result NaN. Rows are added up in fp64, in an order that does not depend on threads. IndexError for
+    a label that is neither -1 nor below classes.
+    """

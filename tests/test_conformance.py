@@ -374,6 +374,61 @@ def test_inverse_softmax_of_bad_rows(backend: str) -> None:
     assert F.inverse_softmax(probs).isnan().all(1).tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (65, 7), (33, 64), (3, 1031)], ids=str)
+@pytest.mark.parametrize("beta", [0.0, 0.6, -1.5])
+def test_temperature_nll(backend: str, shape: tuple[int, int], dtype: torch.dtype, soft: bool, beta: float) -> None:
+    logits = (3 * torch.randn(shape[0], 2 * shape[1])).to(dtype)[:, : shape[1]]
+    needs("temperature_nll", logits)
+    labels = torch.rand(shape).softmax(1) if soft else torch.randint(0, shape[1], shape[:1])
+    inverse = torch.tensor(beta, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.cross_entropy(inverse * logits.double(), labels.double() if soft else labels)
+    (first,) = torch.autograd.grad(expected, inverse, create_graph=True)
+    (second,) = torch.autograd.grad(first, inverse)
+    result = F.temperature_nll(logits, labels, beta)
+    # soft labels in float32 sum to 1 within 1e-7, which is all that the largest logit's cancelling needs
+    tolerance = 1e-6 if dtype == torch.float64 and soft else TOLERANCE[dtype]
+    for got, want in ((result.nll, expected), (result.first, first), (result.second, second)):
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, want.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("classes", [5, 200])
+def test_temperature_nll_of_special_logits(backend: str, classes: int, soft: bool) -> None:
+    logits, labels = torch.randn(20, classes), torch.randint(0, classes - 1, (20,))
+    needs("temperature_nll", logits)
+    targets = torch.nn.functional.one_hot(labels, classes).float() if soft else labels
+    shorter = targets[:, :-1] if soft else targets
+    logits[:, -1] = -torch.inf  # probability 0, as if the class were not there
+    masked, without = F.temperature_nll(logits, targets, 0.7), F.temperature_nll(logits[:, :-1], shorter, 0.7)
+    assert (masked.nll - without.nll).abs() < 1e-6
+    assert (masked.first - without.first).abs() < 1e-6
+    assert (masked.second - without.second).abs() < 1e-5
+    for bad in (torch.nan, torch.inf):
+        spoilt = logits.clone()
+        spoilt[7, 3] = bad
+        result = F.temperature_nll(spoilt, targets)
+        assert result.nll.isnan()
+        assert result.first.isnan()
+        assert result.second.isnan()
+    logits[torch.arange(20), labels] = -torch.inf
+    assert F.temperature_nll(logits, targets).nll == torch.inf
+
+
+def test_temperature_nll_of_bad_labels(backend: str) -> None:
+    logits, labels = torch.randn(40, 6), torch.zeros(40, dtype=torch.int64)
+    needs("temperature_nll", logits)
+    assert F.temperature_nll(logits[:0], labels[:0]).nll.isnan()
+    for bad in (6, -2, -100, 2**40):
+        labels[33] = bad
+        with pytest.raises(IndexError, match=rf"labels\[33\].* \[0, 6\), got {bad}"):
+            F.temperature_nll(logits, labels)
+    labels[33] = -1
+    assert F.temperature_nll(logits, labels).nll.isnan()
+
+
 def test_inputs_are_never_changed(backend: str) -> None:
     hidden, weight, bias = head(5, 4, 11, torch.float32)
     targets = torch.randint(0, 11, (5,))

@@ -123,6 +123,24 @@ def inverse_softmax(probs: Tensor, eps: float = 1e-12, center: int = 0, threads:
     return out
 
 
+def temperature_nll(logits: Tensor, labels: Tensor, beta: float, threads: int = 1) -> Tensor:
+    """logits [N, C], labels int64 [N] or fp32 [N, C] -> NLL, first and second derivative [3]."""
+    soft = labels.dim() == 2
+    result = _C.temperature_nll(
+        logits.data_ptr(),
+        0 if soft else labels.data_ptr(),
+        labels.data_ptr() if soft else 0,
+        n=logits.shape[0],
+        classes=logits.shape[1],
+        beta=beta,
+        logits_stride=logits.stride(0),
+        soft_labels_stride=labels.stride(0) if soft else 0,
+        dtype=DTYPES[logits.dtype],
+        threads=threads,
+    )
+    return torch.tensor(result, dtype=torch.float64)
+
+
 def assert_within(actual: Tensor, expected: Tensor, magnitude: Tensor) -> None:
     """|actual - expected| <= 4 fp32 roundings of `magnitude` + 1 rounding to the dtype of `actual`."""
     rounding = torch.finfo(actual.dtype)
@@ -340,6 +358,12 @@ def test_nothing_past_the_end_is_touched(dtype: torch.dtype) -> None:
             one.data_ptr(), guarded_hidden.place(hidden), zero.data_ptr(), starts.data_ptr(), 0,
             guarded_weight.place(weight), rows=1, hidden_stride=dim, out_stride=dim, **sizes,
         )  # fmt: skip
+        logits, soft_labels = guarded_hidden.place(hidden), guarded_weight.place(weight.float())
+        for labels in ((zero.data_ptr(), 0), (0, soft_labels)):
+            _C.temperature_nll(
+                logits, *labels, n=1, classes=dim, beta=1.0, logits_stride=dim, soft_labels_stride=dim,
+                dtype=DTYPES[dtype], threads=1,
+            )  # fmt: skip
         if dtype == torch.float32:
             _C.inverse_softmax(
                 guarded_hidden.place(hidden.abs()), guarded_weight.place(weight),
@@ -444,6 +468,106 @@ def test_inverse_softmax_bad_number(change: dict[str, float], message: str) -> N
     arguments = {"n": 0, "classes": 0, "eps": 0.0, "center": 0, "dtype": 0, "threads": 1} | change
     with pytest.raises(ValueError, match=message):
         _C.inverse_softmax(0, 0, probs_stride=0, **arguments)  # type: ignore[arg-type]
+
+
+# ---- temperature
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("classes", [1, 2, 5, 16, 33, 63, 64, 65, 80, 100, 513, 3000])
+@pytest.mark.parametrize("n", [1, 17, 40])
+def test_temperature_nll(dtype: torch.dtype, classes: int, n: int, soft: bool) -> None:
+    logits = padded_rows((4 * randn(n, classes)).to(dtype))
+    labels = padded_rows(randn(n, classes, seed=2).softmax(1)) if soft else random_ids(n, 1, classes)[:, 0].clamp(min=0)
+    for beta in (0.3, 1.0, -2.0):
+        z = beta * logits.double()
+        target = labels.double() if soft else torch.nn.functional.one_hot(labels, classes).double()
+        mean = (z.softmax(1) * logits.double()).sum(1, keepdim=True)
+        spread = (logits.double() - mean).abs().amax()
+        expected = [
+            torch.nn.functional.cross_entropy(z, target),
+            (mean[:, 0] - (target * logits.double()).sum(1)).mean(),
+            (z.softmax(1) * (logits.double() - mean) ** 2).sum(1).mean(),
+        ]
+        scale = torch.stack([1 + spread, spread, spread**2])
+        error = (temperature_nll(logits, labels, beta) - torch.stack(expected)).abs()
+        assert (error <= 4 * FP32_EPS * scale).all()
+
+
+def test_boltzmann_factor_within_1_ulp() -> None:
+    # Logits (0, d) with exp(beta d) below fp32's rounding of 1 have the first derivative exp(beta d) d.
+    exact_product = _C.cpu_isa() != "portable"  # which has no fused multiply-add
+    label = torch.zeros(1, dtype=torch.int64)
+    for d in torch.linspace(-80, -18, 3001).tolist():
+        logits = torch.tensor([[0.0, d]])
+        for beta in (1.0, 1 / 3):
+            power = beta * logits[0, 1].double()
+            if not -87 < power < -17.5:
+                continue
+            factor = temperature_nll(logits, label, beta)[1] / logits[0, 1].double()
+            error = (factor / power.exp() - 1).abs() / FP32_EPS
+            assert error <= 1.5 + (0 if exact_product else -power)
+
+
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(("n", "classes"), [(20_000, 5), (3000, 77), (30, 9000)])
+def test_temperature_nll_same_bits_for_any_number_of_threads(
+    dtype: torch.dtype, n: int, classes: int, soft: bool
+) -> None:
+    logits = (3 * randn(n, classes)).to(dtype)
+    labels = randn(n, classes, seed=2).softmax(1) if soft else random_ids(n, 1, classes)[:, 0].clamp(min=0)
+    result = temperature_nll(logits, labels, 0.8)
+    for threads in (2, 3, 8):
+        assert same_bits(temperature_nll(logits, labels, 0.8, threads), result)
+
+
+@pytest.mark.parametrize("classes", [4, 100])
+def test_temperature_nll_of_special_values(classes: int) -> None:
+    labels = torch.arange(50) % (classes - 1)
+    for column in (0, classes // 2, classes - 1):
+        for bad in (torch.nan, torch.inf):
+            logits = randn(50, classes)
+            logits[41, column] = bad
+            assert temperature_nll(logits, labels, 1.0).isnan().all()
+        payload = randn(50, classes)
+        payload.view(torch.int32)[41, column] = 0x7FC00001  # a NaN whose last bits are not zero
+        assert temperature_nll(payload, labels, 1.0).isnan().all()
+    logits = randn(50, classes)
+    logits[3] = -torch.inf
+    assert temperature_nll(logits, labels, 1.0).isnan().all()
+    huge = torch.tensor([[1e4, -1e4, 9999.0] + [-1e4] * (classes - 3)])
+    nll, first, second = temperature_nll(huge, torch.tensor([2]), 1.0).tolist()
+    e = torch.tensor(1.0, dtype=torch.float64).exp().item()
+    assert nll == pytest.approx(1 + torch.tensor(1 / e).log1p().item(), rel=1e-6)
+    assert first == pytest.approx(1 - 1 / (1 + e), rel=1e-6)
+    assert second == pytest.approx(e / (1 + e) ** 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-2, 4, 2**63 - 1, -(2**63)])
+def test_temperature_nll_bad_label(bad: int) -> None:
+    labels = torch.zeros(60, dtype=torch.int64)
+    labels[57] = bad
+    with pytest.raises(IndexError, match=rf"labels\[57\]: expected -1 .* in \[0, 4\), got {bad}"):
+        temperature_nll(randn(60, 4), labels, 1.0)
+    labels[57] = -1
+    assert temperature_nll(randn(60, 4), labels, 1.0)[:2].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": 3}, r"dtype: expected fp32 \(0\), bf16 \(1\) or fp16 \(2\), got 3"),
+        ({"n": -1}, "n: expected 0 or more"),
+        ({"classes": 0}, "classes: expected 1 or more"),
+        ({"threads": 0}, "threads: expected 1 or more"),
+    ],
+)
+def test_temperature_nll_bad_number(change: dict[str, int], message: str) -> None:
+    arguments = {"n": 0, "classes": 1, "dtype": 0, "threads": 1} | change
+    with pytest.raises(ValueError, match=message):
+        _C.temperature_nll(0, 0, 0, beta=1.0, logits_stride=0, soft_labels_stride=0, **arguments)
 
 
 # ---- the library itself

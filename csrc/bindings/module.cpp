@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <tuple>
 
 #include "cpu/dispatch.h"
 #include "cpu/operations.h"
@@ -85,6 +86,21 @@ void inverse_softmax(Address probs, Address out, std::int64_t n, std::int64_t cl
   args.center = static_cast<cpu::Center>(center);
   args.dtype = static_cast<DType>(dtype);
   cpu::inverse_softmax(args, threads);
+}
+
+std::tuple<double, double, double> temperature_nll(Address logits, Address labels, Address soft_labels,
+                                                   std::int64_t n, std::int64_t classes, double beta,
+                                                   std::int64_t logits_stride,
+                                                   std::int64_t soft_labels_stride, int dtype, int threads) {
+  cpu::TemperatureNll args;
+  args.logits = matrix(logits, logits_stride);
+  args.labels = pointer<const std::int64_t>(labels);
+  args.soft_labels = matrix(soft_labels, soft_labels_stride);
+  args.n = n, args.classes = classes;
+  args.beta = beta;
+  args.dtype = static_cast<DType>(dtype);
+  const cpu::TemperatureDerivatives result = cpu::temperature_nll(args, threads);
+  return {result.nll, result.first, result.second};
 }
 
 cpu::Logits existing_logits(Address logits, std::int64_t n, std::int64_t vocab, std::int64_t stride,
@@ -231,6 +247,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("inverse_softmax", inverse_softmax, WithoutGil(), arg("probs"), arg("out"), py::kw_only(),
              arg("n"), arg("classes"), arg("probs_stride"), arg("eps"), arg("center"), arg("dtype"),
              arg("threads"));
+  module.def("temperature_nll", temperature_nll, WithoutGil(), arg("logits"), arg("labels"),
+             arg("soft_labels"), py::kw_only(), arg("n"), arg("classes"), arg("beta"), arg("logits_stride"),
+             arg("soft_labels_stride"), arg("dtype"), arg("threads"));
 
   py::class_<cpu::Logits>(module, "Logits");
   module.def("existing_logits", existing_logits, arg("logits"), py::kw_only(), arg("n"), arg("vocab"),

@@ -24,6 +24,7 @@ struct Kernels {
                       std::int64_t n_rows, float* out);  // out [n_rows, kTile]
   void (*scaled_exp)(float* z, std::int64_t count, float base, float beta);
   void (*inverse_softmax)(const InverseSoftmax&, std::int64_t begin, std::int64_t end);  // rows, fp32 only
+  TemperatureSums (*temperature_nll)(const TemperatureNll&, std::int64_t begin, std::int64_t end);  // rows
 };
 
 extern const Kernels portable_kernels;

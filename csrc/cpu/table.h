@@ -4,6 +4,7 @@
 #include "cpu/inverse_softmax_kernels.h"
 #include "cpu/kernels.h"
 #include "cpu/scan_kernels.h"
+#include "cpu/temperature_kernels.h"
 #include "cpu/token_logits_kernels.h"
 
 namespace pyqe::cpu {
@@ -34,6 +35,13 @@ constexpr Kernels kernel_table() {
       tile_logits<Isa>,
       scaled_exp<Isa>,
       inverse_softmax<Isa>,
+      [](const TemperatureNll& args, std::int64_t begin, std::int64_t end) {
+        TemperatureSums sums = {};
+        with_element_type(args.dtype, [&](auto element) {
+          sums = temperature_nll<Isa, decltype(element)>(args, begin, end);
+        });
+        return sums;
+      },
   };
 }
 

@@ -179,6 +179,31 @@ def inverse_softmax(probs: Tensor, eps: float, center: str) -> Tensor:
     return out
 
 
+def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if labels.shape != logits.shape[: labels.dim()]:
+        raise ValueError(f"labels: expected {len(logits)} rows as logits, got {list(labels.shape)}")
+    logits = _rows(logits)
+    hard = labels.dim() == 1
+    labels = labels.contiguous() if hard else _rows(labels.float())
+    nll, first, second = _C.temperature_nll(
+        logits.data_ptr(),
+        labels.data_ptr() if hard else 0,
+        0 if hard else labels.data_ptr(),
+        n=logits.shape[0],
+        classes=logits.shape[1],
+        beta=float(beta),
+        logits_stride=logits.stride(0),
+        soft_labels_stride=0 if hard else labels.stride(0),
+        dtype=_DTYPE_CODES[logits.dtype],
+        threads=torch.get_num_threads(),
+    )
+    return (
+        torch.tensor(nll, dtype=torch.float64),
+        torch.tensor(first, dtype=torch.float64),
+        torch.tensor(second, dtype=torch.float64),
+    )
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
@@ -518,4 +543,5 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "sample_negatives": sample_negatives,
     "linear_sample_negatives": linear_sample_negatives,
     "inverse_softmax": inverse_softmax,
+    "temperature_nll": temperature_nll,
 }

@@ -46,7 +46,9 @@ class Backend:
                 continue
             if self.devices is not None and tensor.device.type not in self.devices:
                 return f"it serves {', '.join(sorted(self.devices))} tensors, got {tensor.device.type}"
-            if self.dtypes is not None and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
+            # a tensor without dimensions is a number, such as beta, whatever the data's dtype
+            data = tensor.is_floating_point() and tensor.dim() > 0
+            if self.dtypes is not None and data and tensor.dtype not in self.dtypes:
                 return f"it serves {', '.join(sorted(map(str, self.dtypes)))}, got {tensor.dtype}"
         return None
 

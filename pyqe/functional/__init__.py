@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pyqe.functional import _ops  # noqa: F401  (registers the operators)
 from pyqe.functional.losses import linear_sampled_bce, linear_vocab_bce, sampled_bce
-from pyqe.functional.results import DominantTokens, SigmoidStats, SoftmaxStats, TemperatureNLL
+from pyqe.functional.results import DominantTokens, SigmoidStats, SoftmaxStats, TemperatureFit, TemperatureNLL
 from pyqe.functional.sampling import linear_sample_negatives, sample_negatives
 from pyqe.functional.sigmoid import linear_sigmoid_stats, order_preserving, sigmoid_stats
 from pyqe.functional.softmax import (
@@ -23,15 +23,18 @@ from pyqe.functional.softmax import (
     softmax_stats,
 )
 from pyqe.functional.temperature import inverse_softmax, temperature_nll, temperature_scale
+from pyqe.functional.temperature_fit import fit_temperature
 from pyqe.functional.token_logits import linear_token_logits
 
 __all__ = [
     "DominantTokens",
     "SigmoidStats",
     "SoftmaxStats",
+    "TemperatureFit",
     "TemperatureNLL",
     "boosted_prob",
     "dominant_tokens",
+    "fit_temperature",
     "inverse_softmax",
     "linear_boosted_prob",
     "linear_dominant_tokens",

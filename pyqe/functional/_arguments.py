@@ -84,3 +84,15 @@ def per_row(value: Tensor | float | None, rows: torch.Size, like: Tensor, name: 
 
 def rule_spec(rule: DominantRule | None) -> str:
     return "" if rule is None else str(rule)
+
+
+def class_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels of logits [..., C]: classes, as [N], or probabilities, as a matrix [N, C]."""
+    if labels.dtype == torch.int64 and labels.shape == logits.shape[:-1]:
+        return labels.reshape(-1)
+    if labels.is_floating_point() and labels.shape == logits.shape:
+        return labels.reshape(-1, logits.shape[-1])
+    raise ValueError(
+        f"labels: expected int64 {list(logits.shape[:-1])} or floats {list(logits.shape)}, "
+        f"got {labels.dtype} {list(labels.shape)}"
+    )

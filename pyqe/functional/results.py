@@ -156,3 +156,22 @@ class TemperatureNLL:
     nll: Tensor
     first: Tensor
     second: Tensor
+
+
+@dataclass(frozen=True)
+class TemperatureFit:
+    """A temperature of maximum likelihood.
+
+    Attributes:
+        temperature: T, by which to divide the logits.
+        nll: mean negative log-likelihood at T, in nats.
+        nll_before: the same at T = 1.
+        converged: False where no temperature between 0.001 and 1000 is best. T is then the end of the range towards
+            which the NLL falls, or one from which on it is constant. The NLL falls towards T = 0 where every label has
+            the largest logit of its row, and towards infinity where the logits say less than nothing about the labels.
+    """
+
+    temperature: float
+    nll: float
+    nll_before: float
+    converged: bool

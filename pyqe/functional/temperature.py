@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyqe.functional._arguments import check_floats, logit_matrix
+from pyqe.functional._arguments import check_floats, class_labels, logit_matrix
 from pyqe.functional.results import TemperatureNLL
 
 
@@ -86,14 +86,5 @@ def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor | float = 1.0) 
         tensor(0.6931, dtype=torch.float64)
     """
     matrix = logit_matrix(logits)
-    if labels.dtype == torch.int64 and labels.shape == logits.shape[:-1]:
-        labels = labels.reshape(-1)
-    elif labels.is_floating_point() and labels.shape == logits.shape:
-        labels = labels.reshape(matrix.shape)
-    else:
-        raise ValueError(
-            f"labels: expected int64 {list(logits.shape[:-1])} or floats {list(logits.shape)}, "
-            f"got {labels.dtype} {list(labels.shape)}"
-        )
     beta = torch.as_tensor(beta, dtype=torch.float64, device=logits.device)
-    return TemperatureNLL(*torch.ops.pyqe.temperature_nll(matrix, labels, beta))
+    return TemperatureNLL(*torch.ops.pyqe.temperature_nll(matrix, class_labels(labels, logits), beta))
