@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,7 +87,7 @@ class Processor:
         except OSError:
             return None
         outcome = call()
-        return max(_resident("VmHWM") - before - sum(_tensor_bytes(outcome)), 0)
+        return max(_resident("VmHWM") - before - _tensor_bytes(outcome), 0)
 
 
 def _resident(name: str) -> int:
@@ -95,8 +96,10 @@ def _resident(name: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def _tensor_bytes(outcome: Outcome) -> Iterator[int]:
-    return (value.untyped_storage().nbytes() for value in outcome.values() if isinstance(value, Tensor))
+def _tensor_bytes(outcome: Outcome) -> int:
+    """Bytes of the results; views of the same memory count once."""
+    storages = (value.untyped_storage() for value in outcome.values() if isinstance(value, Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def measure(
@@ -147,10 +150,12 @@ def _warm_up(case: Case, measurements: list[Measurement], on_progress: Callable[
             item.missing = f"failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
             continue
         item.values = {name: value for name, value in outcome.items() if isinstance(value, float)}
-        if ours is None:
+        if item.rival.name == "pyqe":
             ours = outcome
-        else:
+        elif ours is not None:
             item.difference = difference(outcome, ours)
+            if item.difference is not None and not math.isfinite(item.difference):
+                item.missing = "failed: its results are not finite"
 
 
 def difference(outcome: Outcome, ours: Outcome) -> float | None:

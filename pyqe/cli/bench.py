@@ -15,7 +15,7 @@ from pyqe.cli.options import option_group
 
 SUITES = ("head", "sampling", "loss", "logits", "temperature", "generate")
 _DTYPES = ("bf16", "fp16", "fp32")
-_QUICK_REPEATS = 3
+_QUICK_REPEATS = 2
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ _choice_options = option_group(
     click.option(
         "--without", metavar="LIST", callback=_split, help="Rivals to leave out, such as torch.compile,authors."
     ),
-    click.option("--repeats", type=click.IntRange(1), help="Timed rounds; default 7, with --quick 3."),
+    click.option("--repeats", type=click.IntRange(1), help="Timed rounds; default 7, with --quick 2."),
     click.option("--threads", type=click.IntRange(1), help="Default torch's own."),
     click.option("--quick", is_flag=True, help="Small shapes without torch.compile: to see that everything runs."),
     click.option("--large", is_flag=True, help="Also the temperature of 100,000 x 1,000 logits, which takes 10 GB."),
