@@ -7,8 +7,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,6 @@ class Processor:
         What a rival keeps from call to call (code, threads, a workspace) is there before. None where the kernel does
         not tell.
         """
-        gc.collect()
         with suppress(OSError, AttributeError):  # glibc only: give free memory back, so that its use is seen again
             ctypes.CDLL(None).malloc_trim(0)
         try:
@@ -110,16 +109,28 @@ def measure(
     measurements = [Measurement(rival, missing=_obstacle(rival, settings)) for rival in case.rivals]
     _warm_up(case, measurements, on_progress)
     running = [item for item in measurements if not item.missing]
-    for number in range(settings.repeats):
+    with _no_garbage_collection():
+        for number in range(settings.repeats):
+            inputs = case.inputs()
+            for item in running:
+                on_progress(f"{item.rival.name}, round {number + 1} of {settings.repeats}")
+                item.seconds.append(device.seconds(partial(_run, item.rival, *inputs)))
         inputs = case.inputs()
         for item in running:
-            on_progress(f"{item.rival.name}, round {number + 1} of {settings.repeats}")
-            item.seconds.append(device.seconds(partial(_run, item.rival, *inputs)))
-    inputs = case.inputs()
-    for item in running:
-        on_progress(f"{item.rival.name}, memory")
-        item.extra_bytes = device.extra_bytes(partial(_run, item.rival, *inputs))
+            on_progress(f"{item.rival.name}, memory")
+            item.extra_bytes = device.extra_bytes(partial(_run, item.rival, *inputs))
     return measurements
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect now rather than while somebody's time is taken: with what torch imports it takes half a second."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _run(rival: Rival, *inputs: Any) -> Outcome:

@@ -33,18 +33,26 @@ def write_plots(report: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     cases = [case for case in report["cases"] if case.get("n") and case.get("v")]
     written: list[Path] = []
-    for group, members in _groups(cases, lambda case: (case["suite"], case["name"], case.get("model"), case["dtype"])):
+    for group, members in _groups(cases, _one_vocabulary):
         lines = _lines(members, "n", "median", 1e3)
         written += _draw(folder, "speed", group, lines, "rows N", "milliseconds, median")
-    for group, members in _groups(cases, lambda case: (case["suite"], case["name"], f"N{case['n']}", case["dtype"])):
+    for group, members in _groups(cases, _one_number_of_rows):
         lines = _lines(members, "v", "extra_bytes", 1e-6)
         written += _draw(folder, "memory", group, lines, "vocabulary V", "MB beyond inputs and outputs")
     return written
 
 
+def _one_vocabulary(case: dict[str, Any]) -> tuple[str, ...]:
+    return case["suite"], case["name"], case.get("model") or f"V{case['v']}", case["dtype"]
+
+
+def _one_number_of_rows(case: dict[str, Any]) -> tuple[str, ...]:
+    return case["suite"], case["name"], f"N{case['n']}", case["dtype"]
+
+
 def _groups(
-    cases: Iterable[dict[str, Any]], key: Callable[[dict[str, Any]], tuple[Any, ...]]
-) -> Iterable[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    cases: Iterable[dict[str, Any]], key: Callable[[dict[str, Any]], tuple[str, ...]]
+) -> Iterable[tuple[tuple[str, ...], list[dict[str, Any]]]]:
     groups = defaultdict(list)
     for case in cases:
         groups[key(case)].append(case)
@@ -64,7 +72,7 @@ def _lines(cases: list[dict[str, Any]], x: str, y: str, scale: float) -> dict[st
 def _draw(
     folder: Path,
     kind: str,
-    group: tuple[Any, ...],
+    group: tuple[str, ...],
     lines: dict[str, list[tuple[float, float]]],
     x_label: str,
     y_label: str,
@@ -73,17 +81,16 @@ def _draw(
 
     if not lines:
         return []
-    parts = [str(part) for part in group if part is not None]
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if name == "pyqe" else 1.2)
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog" if kind == "memory" else "log")  # memory may be 0
-    axes.set(xlabel=x_label, ylabel=y_label, title=", ".join(parts))
+    axes.set(xlabel=x_label, ylabel=y_label, title=", ".join(group))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    name = "-".join([kind, *parts]).replace(" ", "_").lower()
+    name = "-".join([kind, *group]).replace(" ", "_").lower()
     paths = [folder / f"{name}.{form}" for form in _FORMATS]
     for path in paths:
         with atomic_path(path) as temporary:
