@@ -22,7 +22,7 @@ from pyqe.bench.suites import generate, head, logits, loss, sampling, temperatur
 from pyqe.cli import bench, main
 
 EXACT = 5e-5  # relative to the largest value, in float32
-SHAPE = Shape("700x32", 12, "fp32")
+SHAPE = Shape("701x33", 13, "fp32")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -202,8 +202,8 @@ def optional(rival: str, module: str, names: str, make: Callable[..., Callable[.
     try:
         home = import_module(module)
         return Rival(rival, make(*(getattr(home, name) for name in names.split())), note)
-    except (ImportError, AttributeError) as error:
-        return Rival(rival, note=note, missing=f"{module} cannot be imported: {error}")
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return Rival(rival, note=note, missing=" ".join(str(error).split()))
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

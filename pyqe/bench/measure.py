@@ -19,9 +19,7 @@ from torch import Tensor
 
 from pyqe.backends.registry import served_by
 from pyqe.bench.case import Case, Outcome, Rival, Settings
-from pyqe.bench.machine import read_memory
 
-_EVICTION_BYTES = 2**27  # more than most last-level caches
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RIVAL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ImportError, AttributeError, MemoryError)
 
@@ -60,12 +58,8 @@ class Measurement:
 class Processor:
     """How calls are timed and their memory is taken on the CPU."""
 
-    def __init__(self) -> None:
-        self._eviction = torch.ones(_EVICTION_BYTES // 8, dtype=torch.int64)
-
     def seconds(self, call: Callable[[], Outcome]) -> float:
-        """Seconds that the call takes with cold caches; freeing its results is not counted."""
-        read_memory(self._eviction)
+        """Seconds that the call takes; freeing its results is not counted."""
         start = time.perf_counter()
         outcome = call()
         end = time.perf_counter()

@@ -28,8 +28,8 @@ def machine_lines(report: dict[str, Any]) -> list[str]:
     cpu = machine["cpu"]
     rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in limits["matmul_gflop_s"].items())
     return [
-        f"{machine['processor']}, {cpu['torch_threads']} threads of {cpu['count']}; "
-        f"AMX {'present' if machine['amx_bf16'] else 'not present'}",
+        f"{machine['processor']}, {cpu['torch_threads']} threads of {cpu['count']}, "
+        f"load {machine['load_average']:.1f} before; AMX {'present' if machine['amx_bf16'] else 'not present'}",
         f"instructions: {cpu.get('instruction_set', 'none')} in use; {', '.join(cpu.get('features', ()))}",
         f"pyqe {machine['pyqe']}, torch {machine['packages']['torch']}, Python {machine['python']}, "
         f"{machine['platform']}",

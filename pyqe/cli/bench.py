@@ -75,7 +75,11 @@ _choice_options = option_group(
     click.option("--repeats", type=click.IntRange(1), help="Timed rounds; default 7, with --quick 2."),
     click.option("--threads", type=click.IntRange(1), help="Default torch's own."),
     click.option("--quick", is_flag=True, help="Small shapes without torch.compile: to see that everything runs."),
-    click.option("--large", is_flag=True, help="Also the temperature of 100,000 x 1,000 logits, which takes 10 GB."),
+    click.option(
+        "--large",
+        is_flag=True,
+        help="Also the temperature of 100,000 x 1,000 logits.",
+    ),
 )
 
 
@@ -87,7 +91,7 @@ _choice_options = option_group(
 def command(suites: Sequence[str], choice: Choice, json_file: Path | None, folder: Path | None) -> None:
     """Measure pyqe beside its rivals on this machine; all suites if none is named.
 
-    Rivals take turns (A B C A B C ...) with cold caches; figures are medians with quartiles, memory comes from a run of
+    Rivals take turns (A B C A B C ...) on new inputs; figures are medians with quartiles, memory comes from a run of
     its own. Rivals that are not installed are named as missing: pip install 'pyqe[bench]'. The JSON file grows with
     every case, so an interruption keeps what was measured.
 
