@@ -66,8 +66,8 @@ def _split(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 _choice_options = option_group(
     "choice",
     Choice,
-    click.option("--models", metavar="LIST", callback=_split, help="Comma-separated names (see below) or VxD."),
-    click.option("--n", metavar="LIST", callback=_split, help="Rows: tokens, or samples; 1 to 4096 makes sense."),
+    click.option("--models", metavar="LIST", callback=_split, help="Comma-separated names (see above) or VxD."),
+    click.option("--n", metavar="LIST", callback=_split, help="Rows of hidden states, such as 1,8,512."),
     click.option("--dtypes", metavar="LIST", callback=_split, help="Some of bf16, fp16, fp32."),
     click.option(
         "--without", metavar="LIST", callback=_split, help="Rivals to leave out, such as torch.compile,authors."
