@@ -121,7 +121,7 @@ def test_import_is_quick() -> None:
 
 def test_help_teaches() -> None:
     text = CliRunner().invoke(main, ["--help"]).stdout
-    assert all(f"pyqe {name}" in text for name in ("demo", "train", "score", "generate", "report", "doctor"))
+    assert all(f"pyqe {name}" in text for name in ("demo", "train", "score", "generate", "report", "bench", "doctor"))
     assert "Exit codes" in text
     for name in main.commands:
         result = CliRunner().invoke(main, [name, "--help"])

@@ -58,6 +58,7 @@ _CPU = Backend("cpu", cpu.OPERATIONS, frozenset({"cpu"}), cpu.DTYPES, cpu.unavai
 _BACKENDS = {backend.name: backend for backend in (_CPU, _REFERENCE)}  # in the order that "auto" tries
 
 _chosen: ContextVar[str | None] = ContextVar("pyqe_backend", default=None)
+_served: ContextVar[dict[str, str] | None] = ContextVar("pyqe_served", default=None)
 
 
 def available_backends() -> Mapping[str, Backend]:
@@ -95,6 +96,24 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
+@contextmanager
+def served_by() -> Iterator[dict[str, str]]:
+    """Record which backend serves which operation inside the ``with`` block: names by operation.
+
+    Example:
+        >>> with use_backend("reference"), served_by() as names:
+        ...     _ = torch.ops.pyqe.inverse_softmax(torch.ones(1, 2), 0.0, "none")
+        >>> names
+        {'inverse_softmax': 'reference'}
+    """
+    names: dict[str, str] = {}
+    token = _served.set(names)
+    try:
+        yield names
+    finally:
+        _served.reset(token)
+
+
 def select(operation: str, *tensors: Tensor | None) -> Callable[..., Any]:
     """Implementation of an operation for these tensors.
 
@@ -109,5 +128,8 @@ def select(operation: str, *tensors: Tensor | None) -> Callable[..., Any]:
         obstacle = backend.obstacle(operation, tensors)
         if obstacle is not None:
             raise RuntimeError(f"backend {name!r} cannot run {operation}: {obstacle}")
+    served = _served.get()
+    if served is not None:
+        served[operation] = backend.name
     implementation: Callable[..., Any] = backend.operations[operation]
     return implementation

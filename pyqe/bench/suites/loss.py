@@ -1,0 +1,144 @@
+"""Training a Sigmoid Head: a whole step, and the loss over the vocabulary with its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+import pyqe
+from pyqe import functional as F
+from pyqe.bench.case import Case, Outcome, Rival, Settings, Shape, Work, compiled
+from pyqe.bench.suites.sampling import published_selection, zipf_counts
+from pyqe.heads import FullHead, HeadConfig
+from pyqe.lm_head import LMHead
+from pyqe.training import RowAdam
+
+_LEARNING_RATE = 1e-4
+_MOST_EXCLUDED = 8
+
+
+def cases(settings: Settings) -> list[Callable[[], Case]]:
+    steps = settings.shapes(models=("SmolLM2-135M",), n=(1024,))
+    losses = settings.shapes(models=("Llama-3.2-1B",), n=(512,))
+    return [
+        *(partial(training_step, shape) for shape in steps),
+        *(partial(vocabulary_bce, shape) for shape in losses),
+    ]
+
+
+# --- a step, from hidden states to updated rows
+
+
+def _fused_step(shape: Shape, lm_weight: Tensor) -> Callable[..., Outcome]:
+    head = FullHead(HeadConfig("full", vocab_size=shape.v, hidden_size=shape.d, scale=0.3, shift=-5.0))
+    lm_head = LMHead(lm_weight)
+    head.initialise(lm_head)
+    loss = pyqe.SigmoidHeadLoss(pyqe.NegativeSampler(unigram_counts=zipf_counts(shape.v)), sparse_grad=True)
+    optimizer = RowAdam(head.parameters(), lr=_LEARNING_RATE)
+
+    def run(hidden: Tensor, targets: Tensor) -> Outcome:
+        optimizer.zero_grad()
+        value = loss(head, hidden, targets, lm_head)
+        value.backward()
+        optimizer.step()
+        return {"loss": value.item()}
+
+    return run
+
+
+def published_loss(hidden: Tensor, weight: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+    """Mean BCE over the pairs of a row and a token, the same pair counted once; the target is right whatever is drawn.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D], float32; its gradient is sparse.
+        targets: [N].
+        negatives: [N, K].
+    """
+    rows = torch.arange(len(targets))[:, None].expand_as(negatives)
+    wrong = negatives != targets[:, None]
+    drawn = torch.unique(torch.stack([rows[wrong], negatives[wrong]]), dim=1)
+    rows, tokens = torch.cat([torch.stack([torch.arange(len(targets)), targets]), drawn], 1)
+    labels = (torch.arange(len(tokens)) < len(targets)).float()
+    embedded = torch.nn.functional.embedding(tokens, weight, sparse=True)
+    return binary_cross_entropy_with_logits((hidden[rows].float() * embedded).sum(-1), labels)
+
+
+def _published_step(shape: Shape, lm_weight: Tensor) -> Callable[..., Outcome]:
+    weight = lm_weight.float().clone().requires_grad_()
+    unigram = zipf_counts(shape.v)
+    optimizer = torch.optim.SparseAdam([weight], lr=_LEARNING_RATE)
+
+    def run(hidden: Tensor, targets: Tensor) -> Outcome:
+        optimizer.zero_grad()
+        value = published_loss(hidden, weight, targets, published_selection(hidden, lm_weight, unigram))
+        value.backward()
+        optimizer.step()
+        return {"loss": value.item()}
+
+    return run
+
+
+def training_step(shape: Shape) -> Case:
+    weight = shape.weight()
+    return Case(
+        "loss",
+        "training step",
+        shape.facts(),
+        lambda: (shape.hidden(), shape.ids()),
+        [
+            Rival("pyqe", _fused_step(shape, weight)),
+            Rival("authors", _published_step(shape, weight), "as published, in eager torch with SparseAdam"),
+        ],
+        shape.head_work(),
+        shape.logit_bytes,
+        "negatives, loss, gradients and update of a full head",
+    )
+
+
+# --- the loss over the vocabulary
+
+
+def eager_vocabulary_bce(hidden: Tensor, weight: Tensor, targets: Tensor, exclude: Tensor) -> Tensor:
+    """The mean over all pairs that are not excluded, by autograd over the whole logits."""
+    logits = (hidden @ weight.T).float()
+    kept = torch.ones_like(logits).scatter_(1, exclude, 0.0).scatter_(1, targets[:, None], 1.0)
+    labels = torch.zeros_like(logits).scatter_(1, targets[:, None], 1.0)
+    return binary_cross_entropy_with_logits(logits, labels, weight=kept, reduction="sum") / kept.sum()
+
+
+def vocabulary_bce(shape: Shape) -> Case:
+    def with_gradients(loss: Callable[..., Tensor]) -> Callable[..., Outcome]:
+        def run(hidden: Tensor, weight: Tensor, targets: Tensor, exclude: Tensor) -> Outcome:
+            value = loss(hidden, weight, targets, exclude)
+            grads = torch.autograd.grad(value, (hidden, weight))
+            return {"mean_loss": value.detach(), "grad_hidden": grads[0], "grad_weight": grads[1]}
+
+        return run
+
+    def fused(hidden: Tensor, weight: Tensor, targets: Tensor, exclude: Tensor) -> Tensor:
+        return F.linear_vocab_bce(hidden, weight, targets, exclude=exclude)
+
+    def inputs() -> tuple[Tensor, ...]:
+        excluded = torch.randint(shape.v, (shape.n, _MOST_EXCLUDED))
+        return shape.hidden().requires_grad_(), weight, shape.ids(), excluded
+
+    weight, once = shape.weight().detach().requires_grad_(), shape.head_work()
+    return Case(
+        "loss",
+        "vocabulary BCE",
+        shape.facts(),
+        inputs,
+        [
+            Rival("pyqe", with_gradients(fused)),
+            Rival("eager", with_gradients(eager_vocabulary_bce)),
+            Rival("torch.compile", with_gradients(compiled(eager_vocabulary_bce))),
+        ],
+        Work(flops=3 * once.flops, bytes=2 * once.bytes),  # the weight is read, its gradient written
+        shape.logit_bytes,
+        f"forward and both gradients, up to {_MOST_EXCLUDED} dominant tokens a row left out",
+    )

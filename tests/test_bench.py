@@ -1,0 +1,305 @@
+"""The benchmark suite: that it runs, says what it measured, and that rivals compute what pyqe computes. No times."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor
+
+import pyqe
+from pyqe import functional as F
+from pyqe.backends import available_backends
+from pyqe.bench import Case, Rival, Settings, Shape, measure, plots, suites
+from pyqe.bench.case import optional
+from pyqe.bench.suites import generate, head, logits, loss, sampling, temperature
+from pyqe.cli import bench, main
+
+EXACT = 5e-5  # relative to the largest value, in float32
+SHAPE = Shape("701x33", 13, "fp32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only get into each other's way in shapes this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["bench", *map(str, arguments)])
+
+
+def measured(case: Case, **settings: Any) -> dict[str, measure.Measurement]:
+    """A case's measurements by rival, of one round."""
+    found = measure.measure(case, Settings(repeats=1, **settings), measure.Processor(), lambda text: None)
+    return {item.rival.name: item for item in found}
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, dict[str, Any]]:
+    """``pyqe bench --quick``: what it printed, and its report."""
+    file = tmp_path_factory.mktemp("bench") / "report.json"
+    result = call("--quick", "--json", file)
+    assert result.exit_code == 0, result.output
+    return result, json.loads(file.read_text())
+
+
+def test_quick_runs_every_suite(quick: tuple[Result, dict[str, Any]]) -> None:
+    result, report = quick
+    assert report["complete"]
+    assert [case["suite"] for case in report["cases"]] == sorted(
+        (case["suite"] for case in report["cases"]), key=bench.SUITES.index
+    )
+    assert {case["suite"] for case in report["cases"]} == set(bench.SUITES) == set(suites.SUITES)
+    for case in report["cases"]:
+        assert f"{case['suite']}, {case['name']}" in result.stdout
+
+
+def test_report_describes_the_machine(quick: tuple[Result, dict[str, Any]]) -> None:
+    result, report = quick
+    machine, ceilings = report["machine"], report["ceilings"]
+    assert machine["processor"] in result.stdout
+    assert machine["packages"]["torch"] == torch.__version__
+    assert machine["cpu"]["torch_threads"] == 1
+    assert machine["amx_bf16"] == ("amx_bf16" in machine["cpu"].get("features", ()))
+    assert set(machine["rivals"]) == {"boostedprob", "netcal", "scikit-learn", "trl"}
+    assert ceilings["read_gb_s"] > 0
+    assert set(ceilings["matmul_gflop_s"]) == {"bf16", "fp32"}
+
+
+def test_report_holds_every_figure(quick: tuple[Result, dict[str, Any]]) -> None:
+    _, report = quick
+    for case in report["cases"]:
+        ours, *others = case["rivals"]
+        assert others
+        assert ours["rival"] == "pyqe"
+        assert ours["times_pyqe"] == 1
+        assert set(ours["backends"].values()) <= set(available_backends())
+        assert ours["backends"]
+        for row in case["rivals"]:
+            if row["missing"] is None:
+                assert len(row["seconds"]) == report["repeats"]
+                assert 0 < row["q1"] <= row["median"] <= row["q3"]
+                assert bool(row["backends"]) == row["rival"].startswith("pyqe")
+
+
+def test_plots(quick: tuple[Result, dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _, report = quick
+    cases = [case for case in report["cases"] if case["name"] in ("token logits", "negatives", "fit")]
+    written = plots.write_plots({**report, "cases": cases}, tmp_path)
+    stems = {f"speed-head-token_logits-{model}-bf16" for model in ("2000x96", "5000x96")}
+    stems |= {"memory-head-token_logits-n1-bf16", "memory-head-token_logits-n24-bf16"}
+    stems |= {"memory-sampling-negatives-n24-bf16"}  # one N alone makes no line, nor do sizes of their own
+    assert {path.name for path in written} == {f"{stem}.{form}" for stem in stems for form in ("png", "svg")}
+    assert all(path.stat().st_size > 1000 for path in written)
+
+
+def test_plots_of_the_command(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = call("sampling", "--quick", "--repeats", 1, "--models", "300x16", "--plots", tmp_path / "none")
+    assert result.exit_code == 0
+    assert "plots: nothing" in result.stderr
+
+
+def test_shapes_are_chosen(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    options = ("--models", "300x16,smollm2-135m", "--n", "2", "--dtypes", "fp32,bf16", "--quick")
+    result = call("logits", *options, "--without", "torch.compile,boostedprob", "--json", file)
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text())["cases"]
+    expected = [("300x16", 300, "fp32"), ("300x16", 300, "bf16")]
+    expected += [("SmolLM2-135M", 49152, "fp32"), ("SmolLM2-135M", 49152, "bf16")]
+    assert [(case["model"], case["v"], case["dtype"]) for case in found] == expected
+    assert {case["n"] for case in found} == {2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--models", "gpt5"), ("--models", "0x8"), ("--n", "0"), ("--n", "1,x"), ("--dtypes", "fp8"), ("tails",)],
+)
+def test_wrong_usage(options: tuple[str, ...]) -> None:
+    assert call(*options).exit_code == 2
+
+
+def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted() -> Case:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(suites.SUITES, "head", lambda settings: [lambda: head.token_logits(SHAPE), interrupted])
+    result = call("head", "--quick", "--json", tmp_path / "report.json")
+    assert result.exit_code == 130
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not report["complete"]
+    assert [case["name"] for case in report["cases"]] == ["token logits"]
+    assert "head, token logits" in result.stdout
+
+
+# --- missing rivals
+
+
+def test_missing_rivals_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for module in ("boostedprob", "netcal.scaling", "trl.kernels.chunked_logprob", "sklearn.calibration"):
+        monkeypatch.setitem(sys.modules, module, None)
+    file = tmp_path / "report.json"
+    options = ("--quick", "--repeats", 1, "--models", "300x16", "--n", 2)
+    result = call("head", "logits", "temperature", *options, "--json", file)
+    assert result.exit_code == 0, result.output
+    missing = {
+        row["rival"]: row["missing"]
+        for case in json.loads(file.read_text())["cases"]
+        for row in case["rivals"]
+        if row["missing"]
+    }
+    assert set(missing) == {"boostedprob", "netcal", "trl", "scikit-learn", "torch.compile"}
+    assert missing["torch.compile"] == "left out"
+    for name in missing:
+        assert f"  {name}: missing: " in result.stdout
+
+
+def test_a_rival_that_fails_is_named_and_pyqe_may_not() -> None:
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("no such\nkernel")
+
+    def works() -> dict[str, Any]:
+        return {"value": torch.ones(2)}
+
+    def case(*rivals: Rival) -> Case:
+        return Case("head", "test", {}, tuple, rivals)
+
+    found = measured(case(Rival("pyqe", works), Rival("other", fails)))
+    assert found["other"].missing == "failed: RuntimeError: no such kernel"
+    assert not found["other"].seconds
+    found = measured(case(Rival("pyqe", works), Rival("other", lambda: {"value": torch.tensor([1.0, torch.nan])})))
+    assert found["other"].missing == "failed: its results are not finite"
+    with pytest.raises(RuntimeError, match="no such"):
+        measured(case(Rival("pyqe", fails), Rival("other", works)))
+
+
+def test_a_language_model_that_is_not_there_is_named() -> None:
+    def load() -> Any:
+        raise FileNotFoundError("no wheel")
+
+    for case in (generate.generate("an LM", load, 1, 2), generate.score("an LM", load, 1, 2)):
+        assert [rival.missing for rival in case.rivals] == ["no wheel"]
+
+
+def test_optional_says_what_is_missing() -> None:
+    rival = optional("other", "torch", "no_such_name", lambda function: function)
+    assert "no_such_name" in rival.missing
+
+
+# --- memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
+def test_memory_is_the_peak_beyond_the_results() -> None:
+    mb = 2**20
+
+    def run() -> dict[str, Any]:
+        first = torch.ones(64 * mb // 4)
+        second = torch.ones(32 * mb // 4)
+        return {"kept": second[:1] + first[:1], "whole": second}
+
+    extra = measure.Processor().extra_bytes(run)
+    assert extra is not None
+    assert 64 * mb * 0.95 < extra < 64 * mb * 1.1
+
+
+# --- rivals compute what pyqe computes
+
+CASES: dict[str, tuple[Callable[[], Case], float, set[str]]] = {
+    "softmax stats": (
+        lambda: head.softmax_stats(SHAPE),
+        EXACT,
+        {"eager", "torch.compile", "trl", "linear_cross_entropy"},
+    ),
+    "sigmoid stats": (lambda: head.sigmoid_stats(SHAPE), EXACT, {"eager", "torch.compile"}),
+    "both heads": (lambda: head.both_heads(SHAPE), EXACT, {"pyqe, one head", "eager", "torch.compile"}),
+    "token logits": (lambda: head.token_logits(SHAPE), EXACT, {"eager", "eager, gathered rows"}),
+    "vocabulary BCE": (lambda: loss.vocabulary_bce(SHAPE), EXACT, {"eager", "torch.compile"}),
+    "logits": (lambda: logits.softmax_stats(SHAPE), EXACT, {"eager", "torch.compile", "boostedprob"}),
+    "temperature": (lambda: temperature.fit(500, 5), 2e-3, {"torch L-BFGS", "netcal", "scikit-learn"}),
+    "generate": (
+        lambda: generate.generate("tiny", lambda: generate.random_lm(300, 32), 2, 3),
+        0.0,
+        {"pyqe, all signals", "model.generate"},
+    ),
+    "score": (
+        lambda: generate.score("tiny", lambda: generate.random_lm(300, 32), 2, 8),
+        EXACT,
+        {"pyqe, quality alone", "pyqe, all signals"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rivals_agree(name: str) -> None:
+    build, tolerance, compared = CASES[name]
+    found = measured(build(), without=frozenset({"torch.compile"}))
+    present = {rival for rival in compared if not found[rival].missing}
+    assert {rival for rival, item in found.items() if item.difference is not None} == present
+    for rival in present:
+        assert found[rival].difference <= tolerance, rival
+    assert not any(item.missing.startswith("failed") for item in found.values())
+
+
+def test_compiled_rival_agrees() -> None:
+    found = measured(logits.softmax_stats(SHAPE))["torch.compile"]
+    if found.missing:
+        pytest.skip(found.missing)  # there may be no C++ compiler where the package is installed
+    assert found.difference <= EXACT
+
+
+@pytest.mark.parametrize("cut", ["first", "last"])
+def test_dominant_by_sort(cut: Any) -> None:
+    rows = SHAPE.hidden() @ SHAPE.weight().T
+    ids, dominant = sampling.dominant_by_sort(torch.softmax(rows, -1), cut)
+    expected = F.dominant_tokens(rows, pyqe.DominantRule.jump(cut))
+    assert expected.size.max() > 0
+    torch.testing.assert_close(dominant.sum(1), expected.size)
+    torch.testing.assert_close(ids.masked_fill(~dominant, -1), expected.ids)
+
+
+def shares(ids: Tensor, vocab_size: int) -> Tensor:
+    """How often each token is drawn."""
+    return torch.bincount(ids[ids >= 0], minlength=vocab_size) / len(ids)
+
+
+def test_published_selection_draws_what_pyqe_draws() -> None:
+    rows, vocab_size = 20_000, 40
+    hidden = (3 * torch.randn(1, 8)).expand(rows, 8)
+    weight, unigram = torch.randn(vocab_size, 8), sampling.zipf_counts(vocab_size)
+    published = sampling.published_selection(hidden, weight, unigram)
+    rule = pyqe.DominantRule.jump("first")
+    dominant = F.linear_dominant_tokens(hidden[:1], weight, rule).ids
+    target = dominant[0, 0]  # excluded anyway: the published step excludes no target
+    assert target >= 0
+    for source, half in (("unigram", published[:, :5]), ("softmax", published[:, 5:])):
+        sampler = pyqe.NegativeSampler((source,), num_negatives=5, exclude=rule, unigram_counts=unigram)
+        ours = F.linear_sample_negatives(hidden, weight, target.expand(rows), sampler)
+        deviation = (2 * 0.25 / rows) ** 0.5  # at most, of the difference of two shares
+        torch.testing.assert_close(shares(half, vocab_size), shares(ours, vocab_size), atol=5 * deviation, rtol=0)
+        assert not torch.isin(half, dominant[dominant >= 0]).any()
+
+
+def test_published_loss_is_the_sampled_bce() -> None:
+    hidden, weight = SHAPE.hidden(), SHAPE.weight().clone().requires_grad_()
+    targets = torch.arange(SHAPE.n)
+    negatives = torch.arange(100, 100 + 3 * SHAPE.n).reshape(SHAPE.n, 3)
+    published = loss.published_loss(hidden, weight, targets, negatives)
+    torch.testing.assert_close(published, F.linear_sampled_bce(hidden, weight, targets, negatives))
+    drawn_twice = torch.cat([negatives, negatives[:, :1], targets[:, None]], 1)
+    torch.testing.assert_close(loss.published_loss(hidden, weight, targets, drawn_twice), published)
