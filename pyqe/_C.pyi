@@ -118,3 +118,110 @@ def temperature_nll(
     -1 makes the result NaN. Rows are added up in fp64, in an order that does not depend on threads. IndexError for
     a label that is neither -1 nor below classes.
     """
+
+class Logits:
+    """Where the logits of n rows come from: they exist, or a head computes them."""
+
+def existing_logits(logits: int, *, n: int, vocab: int, stride: int, dtype: int) -> Logits:
+    """Logits [n, vocab] that exist."""
+
+def linear_logits(
+    hidden: int,
+    weight: int,
+    bias: int,
+    row_scale: int,
+    row_shift: int,
+    *,
+    scale: float,
+    bias_scale: float,
+    softcap: float,
+    n: int,
+    dim: int,
+    vocab: int,
+    hidden_stride: int,
+    weight_stride: int,
+    dtype: int,
+) -> Logits:
+    """z[n, v] = scale row_scale[n] hidden[n] . weight[v] + bias_scale bias[v] + row_shift[n], capped by softcap.
+
+    A softcap of 0 is none. bias, row_scale and row_shift (the latter fp32) may be 0: none.
+    """
+
+class DominantRule:
+    """A rule of :class:`pyqe.DominantRule`."""
+
+def dominant_rule(*, kind: int, last_cut: bool, ratio: float, epsilon: float, p: float, k: int) -> DominantRule:
+    """kind: 0 none, 1 jump, 2 top_k, 3 top_p, 4 min_p, 5 epsilon, 6 eta."""
+
+def softmax_stats(
+    logits: Logits,
+    rule: DominantRule,
+    *,
+    token_ids: int,
+    token_logits: int,
+    n_tokens: int,
+    max_logit: int,
+    max_logprob: int,
+    argmax: int,
+    entropy: int,
+    tempered: int,
+    temperature: float,
+    topk_logits: int,
+    topk_ids: int,
+    top_k: int,
+    dominant_ids: int,
+    size: int,
+    mass: int,
+    members: int,
+    threads: int,
+) -> None:
+    """Statistics of every row, as :class:`pyqe.functional.SoftmaxStats` has them; entropy and tempered may be 0.
+
+    size is -1 where a rule without a bound on its members needs more logits than were kept.
+    """
+
+def sigmoid_stats(
+    logits: Logits,
+    *,
+    token_ids: int,
+    token_logits: int,
+    n_tokens: int,
+    max_logit: int,
+    argmax: int,
+    sum_prob: int,
+    count_above: int,
+    threshold: float,
+    topk_logits: int,
+    topk_ids: int,
+    top_k: int,
+    threads: int,
+) -> None:
+    """Statistics of every row, as :class:`pyqe.functional.SigmoidStats` has them.
+
+    threshold is a logit; count_above may be 0.
+    """
+
+def copy_logits(logits: Logits, to: int, *, threads: int) -> None:
+    """to [n, vocab] (fp32) = the logits themselves."""
+
+def sample_negatives(
+    logits: Logits,
+    exclude: DominantRule,
+    sources: list[tuple[float, float, float, int]],
+    *,
+    targets: int,
+    members: int,
+    beta: float,
+    factor: int,
+    counts: int,
+    seed: int,
+    ids: int,
+    undecided: int,
+    threads: int,
+) -> None:
+    """ids [n, K] drawn without replacement, padded with -1; K is the sum of what the sources draw.
+
+    sources: weights of the softmax, unigram and uniform parts of a distribution, and how many to draw from it. The
+    softmax part is e^(beta z) factor (fp32 [vocab], or 0), the unigram part counts (fp32 [vocab]). undecided [n] is 1
+    where nothing was drawn, as the rule needs more logits than were kept.
+    """

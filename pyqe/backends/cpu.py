@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -437,40 +438,43 @@ def linear_sigmoid_stats(
 # --- negatives ------------------------------------------------------------------------------------------------------
 
 
-def _sources(
-    sources: list[str],
-    shares: list[int],
-    mixture_weights: list[float],
-    combination: str,
-    temperature: float,
-    counts: Tensor | None,
-) -> tuple[list[tuple[float, float, float, int]], float, Tensor | None, Tensor | None]:
-    """Sources as weights of the softmax, unigram and uniform parts with the number to draw; 1 / T, factors, counts.
+@dataclass
+class _Sources:
+    """What to draw from, as the library takes it: parts (softmax, unigram, uniform, how many), and what they are made of."""
 
-    A product of sources is one softmax or unigram part: :math:`(e^{z/T})^a f^b`, with factors f for the tokens.
-    """
-    names = ("softmax", "unigram", "uniform")
-    if combination == "product":
-        powers = [sources.count(name) for name in names]
-        if powers[1]:
-            assert counts is not None
-            counts = (counts / counts.max()) ** powers[1]
-        part = 0 if powers[0] else 1 if powers[1] else 2
-        weights = tuple(float(i == part) for i in range(3))
-        return (
-            [(*weights, shares[0])],
-            max(powers[0], 1) / temperature,
-            counts if powers[0] and powers[1] else None,
-            counts,
-        )
-    if combination == "mixture":
-        weights = tuple(
-            sum(weight for source, weight in zip(sources, mixture_weights, strict=True) if source == name)
-            for name in names
-        )
-        return [(*weights, shares[0])], 1 / temperature, None, counts
-    parts = [(*(float(source == name) for name in names), share) for source, share in zip(sources, shares, strict=True)]
-    return parts, 1 / temperature, None, counts
+    parts: list[tuple[float, float, float, int]]
+    beta: float  # the softmax part is e^(beta z) * factor
+    factor: Tensor | None  # [V]
+    counts: Tensor | None  # [V]
+
+    @classmethod
+    def of(
+        cls,
+        sources: list[str],
+        shares: list[int],
+        weights: list[float],
+        combination: str,
+        temperature: float,
+        counts: Tensor | None,
+    ) -> _Sources:
+        def weight(name: str) -> float:
+            return sum(weight for source, weight in zip(sources, weights, strict=True) if source == name)
+
+        def only(name: str, share: int) -> tuple[float, float, float, int]:
+            return float(name == "softmax"), float(name == "unigram"), float(name == "uniform"), share
+
+        if combination == "independent":
+            parts = [only(name, share) for name, share in zip(sources, shares, strict=True)]
+            return cls(parts, 1 / temperature, None, counts)
+        if combination == "mixture":
+            part = (weight("softmax"), weight("unigram"), weight("uniform"), shares[0])
+            return cls([part], 1 / temperature, None, counts)
+        # a product of e^(z/T), a times, and of counts, b times
+        softmax, unigram = sources.count("softmax"), sources.count("unigram")
+        powers = None if counts is None or not unigram else (counts / counts.max()) ** unigram
+        if softmax:
+            return cls([only("softmax", shares[0])], softmax / temperature, powers, None)
+        return cls([only("unigram" if unigram else "uniform", shares[0])], 1 / temperature, None, powers)
 
 
 def _sample_negatives(
@@ -489,19 +493,19 @@ def _sample_negatives(
 ) -> Tensor:
     rule = DominantRule.parse(exclude) if exclude else None
     counts = None if unigram_counts is None else unigram_counts.float().contiguous()
-    parts, beta, factor, counts = _sources(sources, shares, mixture_weights, combination, temperature, counts)
+    drawn = _Sources.of(sources, shares, mixture_weights, combination, temperature, counts)
     targets = targets.contiguous()
     ids = torch.empty(len(targets), sum(shares), dtype=torch.int64)
     undecided = torch.empty(len(targets), dtype=torch.int64)
     _C.sample_negatives(
         logits,
         _rule(rule),
-        parts,
+        drawn.parts,
         targets=targets.data_ptr(),
         members=rule.max_size(vocab_size) if rule else 0,
-        beta=beta,
-        factor=_pointer(factor),
-        counts=_pointer(counts),
+        beta=drawn.beta,
+        factor=_pointer(drawn.factor),
+        counts=_pointer(drawn.counts),
         seed=int(seed),
         ids=ids.data_ptr(),
         undecided=undecided.data_ptr(),
