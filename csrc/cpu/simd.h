@@ -26,13 +26,20 @@ struct Pair {
 template <class Isa>
 constexpr std::int64_t kPairWidth = 2 * Isa::kWidth;
 
+// Unsigned, because some lanes hold what is not used in the end: there sums may wrap around, which for signed
+// numbers is undefined.
 template <class Isa>
-typename Isa::I32 bits_of(typename Isa::F32 value) {
-  return (typename Isa::I32)value;
+struct Bits {
+  typedef std::uint32_t U32 __attribute__((vector_size(4 * Isa::kWidth)));
+};
+
+template <class Isa>
+typename Bits<Isa>::U32 bits_of(typename Isa::F32 value) {
+  return (typename Bits<Isa>::U32)value;
 }
 
 template <class Isa>
-typename Isa::F32 float_from_bits(typename Isa::I32 bits) {
+typename Isa::F32 float_from_bits(typename Bits<Isa>::U32 bits) {
   return (typename Isa::F32)bits;
 }
 
@@ -52,9 +59,9 @@ Pair<Isa> load(const float* from) {
 
 template <class Isa>
 Pair<Isa> load(const BFloat16* from) {
-  typename Isa::I32 words;
+  typename Bits<Isa>::U32 words;
   __builtin_memcpy(&words, from, sizeof words);
-  return {float_from_bits<Isa>(words << 16), float_from_bits<Isa>(words & static_cast<int>(0xffff0000u))};
+  return {float_from_bits<Isa>(words << 16), float_from_bits<Isa>(words & 0xffff0000u)};
 }
 
 template <class Isa>
@@ -72,9 +79,9 @@ void store(float* to, Pair<Isa> pair) {
 template <class Isa>
 typename Isa::I32 round_to_bfloat16(typename Isa::F32 value) {
   using I32 = typename Isa::I32;
-  const I32 bits = bits_of<Isa>(value);
-  const I32 rounded = bits + 0x7fff + (bits >> 16 & 1);
-  return (value == value ? rounded : bits | 0x400000) & static_cast<int>(0xffff0000u);
+  const auto bits = bits_of<Isa>(value);
+  const auto rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return (I32)((value == value ? rounded : bits | 0x400000) & 0xffff0000u);
 }
 
 template <class Isa>

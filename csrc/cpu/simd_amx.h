@@ -5,7 +5,7 @@
 #include "cpu/simd_avx512_bf16.h"
 
 #ifdef PYQE_EMULATED_TILES
-#include "cpu/emulated_tiles.h"  // the tests run this file on any processor with AVX-512 BF16
+#include "emulated_tiles.h"  // tests/cpp runs this file on any processor with AVX-512 BF16
 #endif
 
 namespace pyqe::cpu {
@@ -63,8 +63,11 @@ struct TileProduct {
                      static_cast<std::size_t>(missing) * kColumns * sizeof(float));
   }
 
-  static void multiply(std::int64_t rows, const float* a, const float* b, std::int64_t steps, float* c,
-                       std::int64_t stride) {
+  // Not inlined: among the variables of its caller, the counter of the loop would live in memory.
+  __attribute__((noinline)) static void multiply(std::int64_t rows, const float* a, const float* b,
+                                                 std::int64_t steps, float* c, std::int64_t stride) {
+    // gcc does not know that tile loads read memory: from here on, a and b are in it.
+    __asm__ volatile("" : : : "memory");
     const std::int64_t c_bytes = stride * 4, b_bytes = kColumns * 4;
     const float* lower = a + 16 * steps;
     _tile_zero(0);
