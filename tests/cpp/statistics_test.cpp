@@ -293,9 +293,9 @@ TEST(statistics_tile_sums) {
   std::vector<cpu::TileSum> sums(static_cast<std::size_t>(5 * tiles));
   cpu::Scan scan = {};
   scan.logits = problem.logits();
-  scan.inverse_temperature = 0.5f;
+  scan.tile_beta = 0.5f;
   scan.tile_sums = sums.data();
-  cpu::run_scan(scan, nullptr, 3, [](const cpu::Scan&, std::int64_t) {});
+  cpu::run_scan(scan, nullptr, 3, [](const cpu::Scan&) {});
   for (std::int64_t n = 0; n < 5; ++n) {
     const Row row = problem.row(n);
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
