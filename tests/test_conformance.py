@@ -222,6 +222,7 @@ def test_choices_for_all_rows_or_for_each(backend: str, n: int) -> None:
 def test_autocast_and_gradients_leave_statistics_alone(backend: str) -> None:
     hidden, weight, _ = head(5, 16, 40, torch.float32)
     needs("linear_softmax_stats", hidden)
+    needs("linear_vocab_bce", hidden)
     expected = F.linear_softmax_stats(hidden, weight, entropy=True)
     hidden.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
