@@ -49,6 +49,7 @@ def softmax_stats(hidden: Tensor, weight: Tensor, ids: Tensor) -> list[Tensor]:
         hidden, weight, token_ids=ids, top_k=3, temperature=2.0, entropy=True, dominant=DominantRule.jump("last")
     )
     assert stats.entropy is not None
+    assert stats.token_logprob is not None
     assert stats.topk_ids is not None
     assert stats.dominant is not None
     return [stats.logsumexp, stats.entropy, stats.token_logprob, stats.topk_ids, stats.dominant.ids]
