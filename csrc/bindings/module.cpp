@@ -11,6 +11,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/operations.h"
 #include "cpu/statistics.h"
+#include "cpu/vocab_bce.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -156,6 +157,23 @@ void sigmoid_stats(const cpu::Logits& logits, Address token_ids, Address token_l
   cpu::sigmoid_stats(args, threads);
 }
 
+void vocab_bce(const cpu::Logits& logits, Address targets, Address exclude_ids, std::int64_t n_exclude,
+               Address row_weights, double pos_weight, Address total, Address losses, Address grad_hidden,
+               Address grad_weight, Address grad_bias, Address grad_scale, Address grad_shift, int threads) {
+  cpu::VocabBce args = {};
+  args.logits = logits;
+  args.targets = pointer<const std::int64_t>(targets);
+  args.exclude_ids = pointer<const std::int64_t>(exclude_ids);
+  args.n_exclude = n_exclude;
+  args.row_weights = pointer<const float>(row_weights);
+  args.pos_weight = static_cast<float>(pos_weight);
+  args.total = pointer<float>(total), args.losses = pointer<float>(losses);
+  args.grad_hidden = pointer<void>(grad_hidden), args.grad_weight = pointer<void>(grad_weight);
+  args.grad_bias = pointer<void>(grad_bias);
+  args.grad_scale = pointer<float>(grad_scale), args.grad_shift = pointer<float>(grad_shift);
+  cpu::vocab_bce(args, threads);
+}
+
 int max_threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -222,9 +240,14 @@ PYBIND11_MODULE(_C, module) {
              arg("argmax"), arg("entropy"), arg("tempered"), arg("temperature"), arg("topk_logits"),
              arg("topk_ids"), arg("top_k"), arg("dominant_ids"), arg("size"), arg("mass"), arg("members"),
              arg("threads"));
-  module.def("copy_logits", copy_logits, WithoutGil(), arg("logits"), arg("to"), py::kw_only(), arg("threads"));
+  module.def("copy_logits", copy_logits, WithoutGil(), arg("logits"), arg("to"), py::kw_only(),
+             arg("threads"));
   module.def("sigmoid_stats", sigmoid_stats, WithoutGil(), arg("logits"), py::kw_only(), arg("token_ids"),
              arg("token_logits"), arg("n_tokens"), arg("max_logit"), arg("argmax"), arg("sum_prob"),
              arg("count_above"), arg("threshold"), arg("topk_logits"), arg("topk_ids"), arg("top_k"),
              arg("threads"));
+  module.def("vocab_bce", vocab_bce, WithoutGil(), arg("logits"), py::kw_only(), arg("targets"),
+             arg("exclude_ids"), arg("n_exclude"), arg("row_weights"), arg("pos_weight"), arg("total"),
+             arg("losses"), arg("grad_hidden"), arg("grad_weight"), arg("grad_bias"), arg("grad_scale"),
+             arg("grad_shift"), arg("threads"));
 }

@@ -4,6 +4,7 @@
 
 #include "cpu/operations.h"
 #include "cpu/scan.h"
+#include "cpu/vocab_bce.h"
 
 namespace pyqe::cpu {
 
@@ -19,7 +20,9 @@ struct Kernels {
                     std::int64_t end, float* packed);  // panels
   void (*scan)(const Scan&, std::int64_t row_begin, std::int64_t row_end, std::int64_t begin,
                std::int64_t end,
-               int thread);                                                              // segments
+               int thread);  // segments
+  VocabBceShape (*vocab_bce_shape)(DType, std::int64_t n, std::int64_t dim);
+  void (*vocab_bce)(const VocabBcePass&, VocabBceWork, std::int64_t group, std::int64_t item);
   void (*inverse_softmax)(const InverseSoftmax&, std::int64_t begin, std::int64_t end);  // rows, fp32 only
 };
 

@@ -89,6 +89,24 @@ void store(Float16* to, Pair<Isa> pair) {
   Isa::narrow(to + Isa::kWidth, pair.second);
 }
 
+// One vector of fp32 as kWidth consecutive elements, rounded to nearest.
+template <class Isa>
+void narrow(float* to, typename Isa::F32 value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+template <class Isa>
+void narrow(BFloat16* to, typename Isa::F32 value) {
+  typedef std::int16_t Halves __attribute__((vector_size(2 * Isa::kWidth)));
+  const Halves halves = __builtin_convertvector(round_to_bfloat16<Isa>(value) >> 16, Halves);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+
+template <class Isa>
+void narrow(Float16* to, typename Isa::F32 value) {
+  Isa::narrow(to, value);
+}
+
 // The end of a row goes through a buffer, so that nothing past the row is read or written.
 template <class Isa, class T>
 Pair<Isa> load_partial(const T* from, std::int64_t count) {

@@ -5,6 +5,7 @@
 #include "cpu/kernels.h"
 #include "cpu/scan_kernels.h"
 #include "cpu/token_logits_kernels.h"
+#include "cpu/vocab_bce_kernels.h"
 
 namespace pyqe::cpu {
 namespace {
@@ -31,6 +32,11 @@ constexpr Kernels kernel_table() {
       panel_shape<Isa>,
       pack_rows<Isa>,
       scan_segments<Isa>,
+      vocab_bce_shape<Isa>,
+      [](const VocabBcePass& pass, VocabBceWork work, std::int64_t group, std::int64_t item) {
+        with_element_type(pass.args->logits.dtype,
+                          [&](auto element) { vocab_bce<Isa, decltype(element)>(pass, work, group, item); });
+      },
       inverse_softmax<Isa>,
   };
 }
