@@ -184,7 +184,7 @@ struct BroadcastProduct {
   // c[r, :] = the products of row r with the columns of one panel. Rows of A are a panel, or kStride words
   // apart.
   template <int kCount, std::int64_t kStride>
-  static void multiply_rows(const float* a, const float* b, std::int64_t steps, float* c,
+  __attribute__((noinline)) static void multiply_rows(const float* a, const float* b, std::int64_t steps, float* c,
                             std::int64_t stride) {
     constexpr std::int64_t kRow = kStride ? kStride : 1, kStep = kStride ? 1 : kRows;
     F32 sums[kCount][2] = {};
