@@ -158,11 +158,15 @@ struct BroadcastProduct {
   // The columns [first, first + count) of dim rows of a matrix as panels of `steps` steps.
   static void pack_transposed_columns(const Rows& rows, std::int64_t dim, std::int64_t first,
                                       std::int64_t count, std::int64_t steps, float* panels) {
-    constexpr std::int64_t kWidth = Isa::kWidth;
+    // Rows are pages apart, so the processor itself does not see the next one coming.
+    constexpr std::int64_t kWidth = Isa::kWidth, kAhead = 16;
     for (std::int64_t step = 0; step < steps; ++step, panels += kColumns) {
       const std::int64_t k = step * Words::kElements;
       const T* row = k < dim ? rows.at<T>(k) + first : nullptr;
       const T* next = k + 1 < dim ? rows.at<T>(k + 1) + first : nullptr;
+      for (std::int64_t ahead = k + kAhead; ahead < k + kAhead + Words::kElements && ahead < dim; ++ahead) {
+        prefetch(rows.at<T>(ahead) + first, count * static_cast<std::int64_t>(sizeof(T)));
+      }
       for (std::int64_t c = 0; c < count; c += kColumns) {
         for (std::int64_t i = c; i < c + kColumns; i += kWidth) {
           const F32 words = row ? words_of_columns(row + i, next ? next + i : nullptr, count - i) : F32{};
@@ -184,8 +188,8 @@ struct BroadcastProduct {
   // c[r, :] = the products of row r with the columns of one panel. Rows of A are a panel, or kStride words
   // apart.
   template <int kCount, std::int64_t kStride>
-  __attribute__((noinline)) static void multiply_rows(const float* a, const float* b, std::int64_t steps, float* c,
-                            std::int64_t stride) {
+  __attribute__((noinline)) static void multiply_rows(const float* a, const float* b, std::int64_t steps,
+                                                      float* c, std::int64_t stride) {
     constexpr std::int64_t kRow = kStride ? kStride : 1, kStep = kStride ? 1 : kRows;
     F32 sums[kCount][2] = {};
     for (std::int64_t step = 0; step < steps; ++step, a += kStep, b += kColumns) {
