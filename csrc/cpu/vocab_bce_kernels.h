@@ -261,6 +261,7 @@ void vocab_bce_grad_weight(const VocabBcePass& pass, std::int64_t group, std::in
   const std::int64_t tokens = smaller(smaller(pass.shape.tokens, kBlock - within), from.vocab - id);
   if (tokens <= 0) return;
   const std::int64_t row_blocks = (from.n + kRowBlock - 1) / kRowBlock, depth = pass.shape.row_block_steps;
+  // Half of what the scan keeps in the second-level cache: sums and gradients lie there as well.
   const std::int64_t most = chunk_columns<Product>(2 * Product::depth(smaller(from.n, kRowBlock)));
   const std::int64_t panel_tokens = rounded_up(tokens, kRows),
                      packed_words = row_blocks * depth * panel_tokens;
