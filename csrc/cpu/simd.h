@@ -97,6 +97,24 @@ void store(Float16* to, Pair<Isa> pair) {
   Isa::narrow(to + Isa::kWidth, pair.second);
 }
 
+// One vector of fp32 as kWidth consecutive elements, rounded to nearest.
+template <class Isa>
+void narrow(float* to, typename Isa::F32 value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+template <class Isa>
+void narrow(BFloat16* to, typename Isa::F32 value) {
+  typedef std::uint16_t Halves __attribute__((vector_size(2 * Isa::kWidth)));
+  const Halves halves = __builtin_convertvector(round_to_bfloat16<Isa>(value) >> 16, Halves);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+
+template <class Isa>
+void narrow(Float16* to, typename Isa::F32 value) {
+  Isa::narrow(to, value);
+}
+
 // The end of a row goes through a buffer, so that nothing past the row is read or written.
 template <class Isa, class T>
 Pair<Isa> load_partial(const T* from, std::int64_t count) {
@@ -128,7 +146,7 @@ inline void prefetch(const void* from, std::int64_t bytes) {
 template <class Isa>
 typename Isa::F32 scale_by_product(typename Isa::F32 v, typename Isa::F32 exponent) {
   const typename Isa::I32 biased = __builtin_convertvector(exponent, typename Isa::I32) + 127;
-  return v * float_from_bits<Isa>(biased << 23);
+  return v * float_from_bits<Isa>((typename Bits<Isa>::U32)biased << 23);
 }
 
 // Calls body with a value of the C++ type that a dtype stands for.
