@@ -128,7 +128,7 @@ inline void prefetch(const void* from, std::int64_t bytes) {
 template <class Isa>
 typename Isa::F32 scale_by_product(typename Isa::F32 v, typename Isa::F32 exponent) {
   const typename Isa::I32 biased = __builtin_convertvector(exponent, typename Isa::I32) + 127;
-  return v * float_from_bits<Isa>(biased << 23);
+  return v * float_from_bits<Isa>((typename Bits<Isa>::U32)biased << 23);
 }
 
 // Calls body with a value of the C++ type that a dtype stands for.
