@@ -73,7 +73,7 @@ float of(Function function, float x) {
 TEST(vector_math_exp) {
   const Function exp = vector_math().exp;
   CHECK(largest_error(exp, [](double x) { return std::exp(x); }, -87.33f, 88.3f, in_ulp) <= 1);
-  CHECK(of(exp, -87.34f) == 0 && of(exp, -1e30f) == 0 && of(exp, -kInfinity) == 0 && of(exp, 0) == 1);
+  CHECK(of(exp, -87.4f) < 1.2e-38 && of(exp, -1e30f) == 0 && of(exp, -kInfinity) == 0 && of(exp, 0) == 1);
   CHECK(std::isnan(of(exp, std::nanf(""))));
 }
 
