@@ -420,6 +420,19 @@ def test_vocab_bce_of_huge_and_of_tiny_losses(backend: str) -> None:
         torch.testing.assert_close(grad_hidden[:, 0].double(), sign * torch.sigmoid(z), rtol=5e-7, atol=1e-37)
 
 
+def test_vocab_bce_backward_twice_and_of_a_multiple(backend: str) -> None:
+    hidden, weight, _ = head(5, 4, 11, torch.float32)
+    needs("linear_vocab_bce", hidden)
+    hidden.requires_grad_()
+    loss = F.linear_vocab_bce(hidden, weight.requires_grad_(), torch.arange(5))
+    loss.backward(retain_graph=True)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    once = hidden.grad.clone(), weight.grad.clone()
+    (3 * loss).backward()
+    torch.testing.assert_close((hidden.grad, weight.grad), (4 * once[0], 4 * once[1]))
+
+
 def test_vocab_bce_refuses_bad_ids_and_rows(backend: str) -> None:
     hidden, weight, _ = head(3, 4, 6, torch.float32)
     needs("linear_vocab_bce", hidden)
