@@ -153,7 +153,13 @@ class DominantRule:
 def dominant_rule(*, kind: int, last_cut: bool, ratio: float, epsilon: float, p: float, k: int) -> DominantRule:
     """kind: 0 none, 1 jump, 2 top_k, 3 top_p, 4 min_p, 5 epsilon, 6 eta."""
 
-def softmax_stats(
+class SoftmaxRequest:
+    """Softmax statistics and where they go."""
+
+class SigmoidRequest:
+    """Sigmoid statistics and where they go."""
+
+def softmax_request(
     logits: Logits,
     rule: DominantRule,
     *,
@@ -173,14 +179,13 @@ def softmax_stats(
     size: int,
     mass: int,
     members: int,
-    threads: int,
-) -> None:
+) -> SoftmaxRequest:
     """Statistics of every row, as :class:`pyqe.functional.SoftmaxStats` has them; entropy and tempered may be 0.
 
     size is -1 where a rule without a bound on its members needs more logits than were kept.
     """
 
-def sigmoid_stats(
+def sigmoid_request(
     logits: Logits,
     *,
     token_ids: int,
@@ -194,11 +199,30 @@ def sigmoid_stats(
     topk_logits: int,
     topk_ids: int,
     top_k: int,
-    threads: int,
-) -> None:
+) -> SigmoidRequest:
     """Statistics of every row, as :class:`pyqe.functional.SigmoidStats` has them.
 
     threshold is a logit; count_above may be 0.
+    """
+
+def softmax_stats(request: SoftmaxRequest, *, threads: int) -> None: ...
+def sigmoid_stats(request: SigmoidRequest, *, threads: int) -> None: ...
+def joint_stats(
+    softmax: SoftmaxRequest,
+    sigmoid: SigmoidRequest,
+    *,
+    scale: int,
+    shift: int,
+    bias: int,
+    projected: int,
+    factors: int,
+    rank: int,
+    threads: int,
+) -> None:
+    """Both, the latter of z'[n, v] = scale[n] z[n, v] + bias[v] + shift[n] + projected[n] . factors[v].
+
+    All fp32: scale and shift [n], bias [vocab] or 0, projected [n, rank], factors [vocab, rank]. Logits come from
+    linear_logits.
     """
 
 def copy_logits(logits: Logits, to: int, *, threads: int) -> None:

@@ -239,6 +239,33 @@ class SigmoidHead(nn.Module, ABC):
             terms.hidden, terms.weight, terms.bias, scale=terms.scale, shift=terms.shift, **options
         )
 
+    @torch.no_grad()
+    def joint_stats(
+        self, hidden: Tensor, lm_head: LMHead, *, threshold: float | None = None, **options: Any
+    ) -> tuple[F.SoftmaxStats, F.SigmoidStats]:
+        """Softmax statistics of the LM's head and sigmoid ones of this head.
+
+        One pass where this head is on the LM's logits, at the price of its rank; else two, as the logsumexp that a
+        log-probability needs is known after the first.
+
+        Args:
+            hidden: [..., D].
+            lm_head: the LM's head.
+            threshold: of the sigmoid's ``count_above``.
+            options: of :func:`pyqe.functional.linear_softmax_stats`; ``token_ids`` are those of both.
+        """
+        softmax = lm_head.softmax_stats(hidden, **options)
+        terms = self.linear_terms(hidden, lm_head, softmax.logsumexp)
+        return softmax, F.linear_sigmoid_stats(
+            terms.hidden,
+            terms.weight,
+            terms.bias,
+            scale=terms.scale,
+            shift=terms.shift,
+            token_ids=options.get("token_ids"),
+            threshold=threshold,
+        )
+
     # --- belonging to a model
 
     def check_compatible(self, lm_head: LMHead, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -363,6 +390,29 @@ class RescalingHead(SigmoidHead):
             shift = shift - self.scale * logsumexp
         return LinearTerms(hidden.float(), lm_head.weight.float(), bias, scale, shift)
 
+    @torch.no_grad()
+    def joint_stats(
+        self, hidden: Tensor, lm_head: LMHead, *, threshold: float | None = None, **options: Any
+    ) -> tuple[F.SoftmaxStats, F.SigmoidStats]:
+        if self.config.base != "logit":
+            return super().joint_stats(hidden, lm_head, threshold=threshold, **options)
+        return F.linear_joint_stats(
+            hidden.to(lm_head.weight.dtype),
+            lm_head.weight,
+            lm_head.bias,
+            scale=self.scale,
+            shift=self.shift,
+            logit_scale=lm_head.logit_scale,
+            logit_softcap=lm_head.logit_softcap,
+            threshold=threshold,
+            **self._correction(hidden),
+            **options,
+        )
+
+    def _correction(self, hidden: Tensor) -> dict[str, Any]:
+        """What is added to the rescaled logits, for :func:`pyqe.functional.linear_joint_stats`."""
+        return {}
+
 
 class LowRankHead(RescalingHead):
     """Rescaling with a correction of rank r: ``b_v + <A_v, B h>``."""
@@ -390,6 +440,9 @@ class LowRankHead(RescalingHead):
         """B h, [..., r], in float32 whatever autocast says."""
         with torch.autocast(hidden.device.type, enabled=False):
             return hidden.float() @ self.B.T
+
+    def _correction(self, hidden: Tensor) -> dict[str, Any]:
+        return {"token_bias": self.token_bias, "projected": self._project(hidden), "factors": self.A}
 
     def linear_terms(self, hidden: Tensor, lm_head: LMHead, logsumexp: Tensor | None = None) -> LinearTerms:
         terms = super().linear_terms(hidden, lm_head, logsumexp)

@@ -306,6 +306,51 @@ def test_sigmoid_stats_of_nan_row(backend: str) -> None:
     assert stats.count_above.tolist() == [5, -1, 5]
 
 
+# --- both in one pass
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rank", [None, 1, 5])
+def test_linear_joint_stats(backend: str, shape: tuple[int, int, int], dtype: torch.dtype, rank: int | None) -> None:
+    hidden, weight, bias = head(*shape, dtype)
+    needs("linear_joint_stats", hidden)
+    n, _, v = shape
+    ids, shift, token_bias = torch.randint(0, v, (n, 2)), torch.randn(n), torch.randn(v)
+    projected, factors = (None, None) if rank is None else (torch.randn(n, rank), torch.randn(v, rank))
+    options: dict[str, Any] = {"token_ids": ids, "top_k": 3, "entropy": True, "dominant": DominantRule()}
+    softmax, sigmoid = F.linear_joint_stats(
+        hidden,
+        weight,
+        bias,
+        scale=0.3,
+        shift=shift,
+        token_bias=token_bias,
+        projected=projected,
+        factors=factors,
+        logit_softcap=8.0,
+        sigmoid_top_k=2,
+        threshold=0.6,
+        **options,
+    )
+    alone = F.linear_softmax_stats(hidden, weight, bias, logit_softcap=8.0, **options)
+    for name in ("max_logit", "max_logprob", "argmax", "entropy", "token_logit", "topk_ids"):
+        assert torch.equal(getattr(softmax, name), getattr(alone, name)), name
+    assert softmax.dominant is not None
+    assert alone.dominant is not None
+    assert torch.equal(softmax.dominant.ids, alone.dominant.ids)
+    logits = 8 * torch.tanh((hidden.double() @ weight.double().T + bias.double()) / 8)
+    logits = 0.3 * logits + token_bias.double() + shift.double()[:, None]
+    if projected is not None and factors is not None:
+        logits = logits + projected.double() @ factors.double().T
+    close(sigmoid.sum_prob, torch.sigmoid(logits).sum(1), dtype, 100)
+    close(sigmoid.max_logit, logits.amax(1), dtype, 10)
+    close(sigmoid.token_logit, logits.gather(1, ids), dtype, 10)
+    close(sigmoid.topk_logits, logits.topk(min(2, v), 1).values, dtype, 10)
+    assert sigmoid.count_above is not None
+    assert ((sigmoid.count_above - (torch.sigmoid(logits) > 0.6).sum(1)).abs() <= 1).all()
+
+
 # --- losses
 
 
@@ -578,6 +623,21 @@ def operator_samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any,
         "linear_softmax_stats": (hidden, weight, bias, 1.0, 30.0, *softmax),
         "sigmoid_stats": (logits, ids, 3, 0.5),
         "linear_sigmoid_stats": (hidden, weight, bias, row, row, ids, 3, 0.5),
+        "linear_joint_stats": (
+            hidden,
+            weight,
+            bias,
+            1.0,
+            30.0,
+            *softmax,
+            row,
+            row,
+            counts,
+            row[:, None],
+            weight[:, :1],
+            2,
+            0.5,
+        ),
         "sample_negatives": (logits, *sampler),
         "linear_sample_negatives": (hidden, weight, bias, 1.0, None, *sampler),
         "linear_vocab_bce": (hidden, weight, bias, row, row, targets, ids, row, 2.0, True, True),

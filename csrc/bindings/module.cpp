@@ -134,11 +134,12 @@ DominantRule dominant_rule(int kind, bool last_cut, double ratio, double epsilon
   return {static_cast<DominantKind>(kind), last_cut, ratio, epsilon, p, k};
 }
 
-void softmax_stats(const cpu::Logits& logits, const DominantRule& rule, Address token_ids,
-                   Address token_logits, std::int64_t n_tokens, Address max_logit, Address max_logprob,
-                   Address argmax, Address entropy, Address tempered, double temperature, Address topk_logits,
-                   Address topk_ids, std::int64_t top_k, Address dominant_ids, Address size, Address mass,
-                   std::int64_t members, int threads) {
+cpu::SoftmaxStats softmax_request(const cpu::Logits& logits, const DominantRule& rule, Address token_ids,
+                                  Address token_logits, std::int64_t n_tokens, Address max_logit,
+                                  Address max_logprob, Address argmax, Address entropy, Address tempered,
+                                  double temperature, Address topk_logits, Address topk_ids,
+                                  std::int64_t top_k, Address dominant_ids, Address size, Address mass,
+                                  std::int64_t members) {
   cpu::SoftmaxStats args = {};
   args.logits = logits;
   args.rule = rule;
@@ -152,16 +153,13 @@ void softmax_stats(const cpu::Logits& logits, const DominantRule& rule, Address 
   args.topk_logits = pointer<float>(topk_logits), args.topk_ids = pointer<std::int64_t>(topk_ids);
   args.dominant_ids = pointer<std::int64_t>(dominant_ids), args.size = pointer<std::int64_t>(size);
   args.mass = pointer<float>(mass);
-  cpu::softmax_stats(args, threads);
+  return args;
 }
 
-void copy_logits(const cpu::Logits& logits, Address to, int threads) {
-  cpu::copy_logits(logits, pointer<float>(to), threads);
-}
-
-void sigmoid_stats(const cpu::Logits& logits, Address token_ids, Address token_logits, std::int64_t n_tokens,
-                   Address max_logit, Address argmax, Address sum_prob, Address count_above, double threshold,
-                   Address topk_logits, Address topk_ids, std::int64_t top_k, int threads) {
+cpu::SigmoidStats sigmoid_request(const cpu::Logits& logits, Address token_ids, Address token_logits,
+                                  std::int64_t n_tokens, Address max_logit, Address argmax, Address sum_prob,
+                                  Address count_above, double threshold, Address topk_logits,
+                                  Address topk_ids, std::int64_t top_k) {
   cpu::SigmoidStats args = {};
   args.logits = logits;
   args.token_ids = pointer<const std::int64_t>(token_ids);
@@ -171,7 +169,23 @@ void sigmoid_stats(const cpu::Logits& logits, Address token_ids, Address token_l
   args.max_logit = pointer<float>(max_logit), args.sum_prob = pointer<float>(sum_prob);
   args.argmax = pointer<std::int64_t>(argmax), args.count_above = pointer<std::int64_t>(count_above);
   args.topk_logits = pointer<float>(topk_logits), args.topk_ids = pointer<std::int64_t>(topk_ids);
-  cpu::sigmoid_stats(args, threads);
+  return args;
+}
+
+void joint_stats(const cpu::SoftmaxStats& softmax, const cpu::SigmoidStats& sigmoid, Address scale,
+                 Address shift, Address bias, Address projected, Address factors, std::int64_t rank,
+                 int threads) {
+  cpu::Correction correction = {};
+  correction.scale = pointer<const float>(scale), correction.shift = pointer<const float>(shift);
+  correction.bias = pointer<const float>(bias);
+  correction.projected = pointer<const float>(projected);
+  correction.factors = matrix(factors, rank);
+  correction.rank = rank;
+  cpu::joint_stats(softmax, sigmoid, correction, threads);
+}
+
+void copy_logits(const cpu::Logits& logits, Address to, int threads) {
+  cpu::copy_logits(logits, pointer<float>(to), threads);
 }
 
 // Sources as (softmax, unigram, uniform, count).
@@ -278,16 +292,23 @@ PYBIND11_MODULE(_C, module) {
   py::class_<DominantRule>(module, "DominantRule");
   module.def("dominant_rule", dominant_rule, py::kw_only(), arg("kind"), arg("last_cut"), arg("ratio"),
              arg("epsilon"), arg("p"), arg("k"));
-  module.def("softmax_stats", softmax_stats, WithoutGil(), arg("logits"), arg("rule"), py::kw_only(),
-             arg("token_ids"), arg("token_logits"), arg("n_tokens"), arg("max_logit"), arg("max_logprob"),
-             arg("argmax"), arg("entropy"), arg("tempered"), arg("temperature"), arg("topk_logits"),
-             arg("topk_ids"), arg("top_k"), arg("dominant_ids"), arg("size"), arg("mass"), arg("members"),
+  py::class_<cpu::SoftmaxStats>(module, "SoftmaxRequest");
+  py::class_<cpu::SigmoidStats>(module, "SigmoidRequest");
+  module.def("softmax_request", softmax_request, arg("logits"), arg("rule"), py::kw_only(), arg("token_ids"),
+             arg("token_logits"), arg("n_tokens"), arg("max_logit"), arg("max_logprob"), arg("argmax"),
+             arg("entropy"), arg("tempered"), arg("temperature"), arg("topk_logits"), arg("topk_ids"),
+             arg("top_k"), arg("dominant_ids"), arg("size"), arg("mass"), arg("members"));
+  module.def("sigmoid_request", sigmoid_request, arg("logits"), py::kw_only(), arg("token_ids"),
+             arg("token_logits"), arg("n_tokens"), arg("max_logit"), arg("argmax"), arg("sum_prob"),
+             arg("count_above"), arg("threshold"), arg("topk_logits"), arg("topk_ids"), arg("top_k"));
+  module.def("softmax_stats", cpu::softmax_stats, WithoutGil(), arg("request"), py::kw_only(),
+             arg("threads"));
+  module.def("sigmoid_stats", cpu::sigmoid_stats, WithoutGil(), arg("request"), py::kw_only(),
+             arg("threads"));
+  module.def("joint_stats", joint_stats, WithoutGil(), arg("softmax"), arg("sigmoid"), py::kw_only(),
+             arg("scale"), arg("shift"), arg("bias"), arg("projected"), arg("factors"), arg("rank"),
              arg("threads"));
   module.def("copy_logits", copy_logits, WithoutGil(), arg("logits"), arg("to"), py::kw_only(),
-             arg("threads"));
-  module.def("sigmoid_stats", sigmoid_stats, WithoutGil(), arg("logits"), py::kw_only(), arg("token_ids"),
-             arg("token_logits"), arg("n_tokens"), arg("max_logit"), arg("argmax"), arg("sum_prob"),
-             arg("count_above"), arg("threshold"), arg("topk_logits"), arg("topk_ids"), arg("top_k"),
              arg("threads"));
   module.def("sample_negatives", sample_negatives, arg("logits"), arg("exclude"), arg("sources"),
              py::kw_only(), arg("targets"), arg("members"), arg("beta"), arg("factor"), arg("counts"),

@@ -429,7 +429,7 @@ void sample_negatives(const SampleNegatives& args, int threads) {
   const Selection selection = selection_for(args.exclude, args.members, 0);
   CandidateKeeper keeper(selection, threads);
   CandidateKeeper* wanted = selection.count > 0 ? &keeper : nullptr;
-  run_scan(scan, wanted, threads, [&](const Scan& group) { sampler.run(group, wanted); });
+  run_scan({scan, wanted}, threads, [&](const Scan& group) { sampler.run(group, wanted); });
 }
 
 }  // namespace pyqe::cpu

@@ -63,8 +63,20 @@ struct TileSum {
   float max, sum;
 };
 
+// A second row of logits from the first, z' = scale[n] z + bias[v] + shift[n] + <projected[n], factors[v]>: a
+// Sigmoid Head on top of the LM's logits.
+struct Correction {
+  const float *scale, *shift;  // [n]
+  const float* bias;           // [vocab] or null
+  const float* projected;      // [n, rank]
+  Matrix factors;              // [vocab, rank], fp32
+  std::int64_t rank;           // 0: none
+};
+
 struct Scan {
   Logits logits;
+  const Scan* second;  // what is to be made of corrected logits, in the same pass; or null
+  Correction correction;
   const float* packed_rows;  // what pack_rows made of all rows of the group
 
   bool softmax, entropy, sigmoid;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "core/error.h"
 #include "cpu/dispatch.h"
@@ -192,22 +193,48 @@ std::vector<float> packed_rows(const Logits& from, std::int64_t first_row, std::
 // would.
 std::int64_t group_rows(const Logits& logits) { return logits.logits.data ? 64 : 1024; }
 
-void run_scan(Scan scan, CandidateKeeper* keeper, int threads,
-              const std::function<void(const Scan&)>& finish) {
+// The partial results of a group, and what else a scan needs beside its rows.
+class GroupMemory {
+ public:
+  GroupMemory(ScanPart& part, std::int64_t rows) : part_(part) {
+    Scan& scan = part.scan;
+    scan.segments = segments_of(scan.logits.vocab);
+    softmax_.resize(static_cast<std::size_t>(scan.softmax ? rows * scan.segments : 0));
+    sigmoid_.resize(static_cast<std::size_t>(scan.sigmoid ? rows * scan.segments : 0));
+    scan.softmax_partials = softmax_.data();
+    scan.sigmoid_partials = sigmoid_.data();
+    attach(scan, part.keeper);
+  }
+
+  void start(std::int64_t first_row, std::int64_t rows) {
+    part_.scan.first_row = first_row, part_.scan.rows = rows;
+    if (part_.keeper) part_.scan.lists = part_.keeper->reset(rows);
+  }
+
+ private:
+  ScanPart& part_;
+  std::vector<SoftmaxPartial> softmax_;
+  std::vector<SigmoidPartial> sigmoid_;
+};
+
+void run_scan(ScanPart part, int threads, const std::function<void(const Scan&)>& finish, ScanPart* second) {
+  Scan& scan = part.scan;
   const Logits& from = scan.logits;
   const std::int64_t step = group_rows(from), largest = std::min(step, from.n);
-  scan.segments = segments_of(from.vocab);
-  std::vector<SoftmaxPartial> softmax(static_cast<std::size_t>(scan.softmax ? largest * scan.segments : 0));
-  std::vector<SigmoidPartial> sigmoid(static_cast<std::size_t>(scan.sigmoid ? largest * scan.segments : 0));
-  scan.softmax_partials = softmax.data();
-  scan.sigmoid_partials = sigmoid.data();
-  attach(scan, keeper);
-  for (scan.first_row = 0; scan.first_row < from.n; scan.first_row += step) {
-    scan.rows = std::min(step, from.n - scan.first_row);
+  GroupMemory memory(part, largest);
+  std::optional<GroupMemory> second_memory;
+  if (second) {
+    second->scan.logits = from;
+    second_memory.emplace(*second, largest);
+    scan.second = &second->scan;
+  }
+  for (std::int64_t first_row = 0; first_row < from.n; first_row += step) {
+    const std::int64_t rows = std::min(step, from.n - first_row);
+    memory.start(first_row, rows);
+    if (second) second_memory->start(first_row, rows);
     std::vector<float> packed;
-    if (!from.logits.data) packed = packed_rows(from, scan.first_row, scan.rows, threads);
+    if (!from.logits.data) packed = packed_rows(from, first_row, rows, threads);
     scan.packed_rows = packed.data();
-    if (keeper) scan.lists = keeper->reset(scan.rows);
     scan_group(scan, threads);
     finish(scan);
   }

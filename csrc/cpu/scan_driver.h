@@ -46,9 +46,16 @@ class CandidateKeeper {
   std::vector<std::vector<Candidate>> storage_;
 };
 
-// Runs the scan over all rows; finish(scan) is called after every group. `keeper` may be null.
-void run_scan(Scan scan, CandidateKeeper* keeper, int threads,
-              const std::function<void(const Scan&)>& finish);
+// A scan with the lists of its candidates, which may be null.
+struct ScanPart {
+  Scan scan;
+  CandidateKeeper* keeper;
+};
+
+// Runs the scan over all rows, and the second one if there is one on its corrected logits; finish(scan) is
+// called after every group (scan.second being the other).
+void run_scan(ScanPart part, int threads, const std::function<void(const Scan&)>& finish,
+              ScanPart* second = nullptr);
 
 // The same for logits that exist, a row at a time, which reads memory in order; finish(scan, keeper) is
 // called for every row, as a group of its own, by the thread that scanned it. `selection` may be null.

@@ -294,12 +294,14 @@ template <class Isa, class T>
 struct LinearTile {
   using Product = typename ProductOf<Isa, T>::Type;
   const Logits& from;
+  std::int64_t more;  // floats of memory that the caller wants, at `rest`
   typename Product::Session session = {};
   std::int64_t depth = Product::depth(from.dim);
   std::int64_t columns = chunk_columns<Product>(depth);
-  float* packed = scratch(columns * depth + (Product::kRows + 1) * columns + Product::kRows * depth);
+  float* packed = scratch(columns * depth + (Product::kRows + 1) * columns + more);
   float* products = packed + columns * depth;
   float* bias = products + Product::kRows * columns;
+  float* rest = bias + columns;
 
   void load(std::int64_t first_id, std::int64_t count) {
     for (std::int64_t c = 0; c < count; c += Product::kColumns) {
@@ -327,26 +329,80 @@ struct LinearTile {
   }
 };
 
+// The corrected logits of one row and the tokens of a chunk, whose factors are packed as columns of a
+// product.
+template <class Isa>
+struct CorrectionTile {
+  using Product = BroadcastProduct<Isa, float, SingleWords<Isa, float>>;
+  const Correction& correction;
+  float* corrected;
+  float* packed;
+
+  static std::int64_t floats(std::int64_t rank, std::int64_t columns) { return columns * (rank + 1); }
+
+  CorrectionTile(const Correction& of, std::int64_t columns, float* memory)
+      : correction(of), corrected(memory), packed(memory + columns) {}
+
+  void load(std::int64_t first_id, std::int64_t count) {
+    for (std::int64_t c = 0; correction.rank > 0 && c < count; c += Product::kColumns) {
+      Product::pack_columns({&correction.factors, nullptr, first_id + c}, count - c, correction.rank,
+                            packed + c * correction.rank);
+    }
+  }
+
+  const float* correct(std::int64_t row, std::int64_t first_id, const float* z, std::int64_t count) {
+    using F32 = typename Isa::F32;
+    const std::int64_t rank = correction.rank;
+    const float* weights = correction.projected + row * rank;
+    const F32 scale = broadcast<Isa>(correction.scale[row]), shift = broadcast<Isa>(correction.shift[row]);
+    for (std::int64_t c = 0; c < count; c += Product::kColumns) {
+      F32 sums[2] = {Isa::fma(load_vector<Isa>(z + c), scale, shift),
+                     Isa::fma(load_vector<Isa>(z + c + Isa::kWidth), scale, shift)};
+      const float* factors = packed + c * rank;
+      for (std::int64_t k = 0; k < rank; ++k, factors += Product::kColumns) {
+        const F32 weight = broadcast<Isa>(weights[k]);
+        sums[0] = Isa::fma(weight, load_vector<Isa>(factors), sums[0]);
+        sums[1] = Isa::fma(weight, load_vector<Isa>(factors + Isa::kWidth), sums[1]);
+      }
+      __builtin_memcpy(corrected + c, sums, sizeof sums);
+    }
+    for (std::int64_t i = 0; correction.bias && i < count; ++i) corrected[i] += correction.bias[first_id + i];
+    return corrected;
+  }
+};
+
 template <class Isa, class T>
 void scan_linear(const Scan& scan, std::int64_t segment, int thread) {
   using Tile = LinearTile<Isa, T>;
   constexpr std::int64_t kRows = Tile::Product::kRows;
-  Tile tile{scan.logits};
+  const Scan* second = scan.second;
+  Tile tile{scan.logits, second ? CorrectionTile<Isa>::floats(scan.correction.rank, kSegment) : 0};
+  CorrectionTile<Isa> correction{scan.correction, tile.columns, tile.rest};
   const std::int64_t first = segment * kSegment;
   const std::int64_t last = first + kSegment < scan.logits.vocab ? first + kSegment : scan.logits.vocab;
-  for (std::int64_t row = 0; row < scan.rows; ++row) start_segment(scan, row, segment);
+  for (std::int64_t row = 0; row < scan.rows; ++row) {
+    start_segment(scan, row, segment);
+    if (second) start_segment(*second, row, segment);
+  }
   for (std::int64_t id = first; id < last; id += tile.columns) {
     const std::int64_t count = last - id < tile.columns ? last - id : tile.columns;
     tile.load(id, count);
+    if (second) correction.load(id, count);
     for (std::int64_t row = 0; row < scan.rows; row += kRows) {
       const std::int64_t rows = scan.rows - row < kRows ? scan.rows - row : kRows;
       tile.multiply(scan.packed_rows + row * tile.depth, rows, count, nullptr, scan.first_row + row,
                     [&](std::int64_t r, const float* z) {
                       consume<Isa>(scan, z, count, nothing_ahead(z), id, row + r, thread);
+                      if (!second) return;
+                      z = correction.correct(scan.first_row + row + r, id, z, count);
+                      consume<Isa>(*second, z, count, nothing_ahead(z), id, row + r, thread);
                     });
     }
   }
-  for (std::int64_t row = 0; row < scan.rows; ++row) end_segment(scan, row, segment, thread);
+  for (std::int64_t row = 0; row < scan.rows; ++row) {
+    end_segment(scan, row, segment, thread);
+    if (second) end_segment(*second, row, segment, thread);
+  }
 }
 
 template <class Isa>
@@ -411,16 +467,15 @@ void tile_logits(const Logits& from, std::int64_t first_id, std::int64_t count, 
       }
       return;
     }
-    LinearTile<Isa, T> tile{from};
     using Product = typename LinearTile<Isa, T>::Product;
-    float* panel = tile.bias + tile.columns;
+    LinearTile<Isa, T> tile{from, Product::kRows * Product::depth(from.dim)};
     for (std::int64_t done = 0; done < count; done += tile.columns) {
       const std::int64_t columns = count - done < tile.columns ? count - done : tile.columns;
       tile.load(first_id + done, columns);
       for (std::int64_t row = 0; row < rows; row += Product::kRows) {
         const std::int64_t some = rows - row < Product::kRows ? rows - row : Product::kRows;
-        Product::pack_rows({&from.hidden, list, row}, some, from.dim, panel);
-        tile.multiply(panel, some, columns, list, row, [&](std::int64_t r, const float* z) {
+        Product::pack_rows({&from.hidden, list, row}, some, from.dim, tile.rest);
+        tile.multiply(tile.rest, some, columns, list, row, [&](std::int64_t r, const float* z) {
           __builtin_memcpy(out + (row + r) * kTile + done, z,
                            static_cast<std::size_t>(columns) * sizeof(float));
         });

@@ -115,34 +115,58 @@ void run_rows(const Scan& scan, const Selection& selection, int threads, const F
   }
   CandidateKeeper keeper(selection, threads);
   CandidateKeeper* wanted = candidates ? &keeper : nullptr;
-  run_scan(scan, wanted, threads, [&](const Scan& group) {
+  run_scan({scan, wanted}, threads, [&](const Scan& group) {
     for_each_row(group, threads, [&](std::int64_t row) { finish(group, wanted, row); });
   });
 }
 
-}  // namespace
-
-void softmax_stats(const SoftmaxStats& args, int threads) {
+Scan softmax_scan(const SoftmaxStats& args, int threads) {
   check_logits(args.logits, threads);
   Scan scan = scan_of(args.logits, args.token_ids, args.n_tokens, args.token_logits);
   scan.softmax = true;
   scan.entropy = args.entropy != nullptr || args.rule.kind == DominantKind::kEta;
   scan.inverse_temperature = args.tempered ? static_cast<float>(1 / args.temperature) : 0;
-  run_rows(scan, selection_for(args.rule, args.members, args.top_k), threads,
+  return scan;
+}
+
+Scan sigmoid_scan(const SigmoidStats& args, int threads) {
+  check_logits(args.logits, threads);
+  Scan scan = scan_of(args.logits, args.token_ids, args.n_tokens, args.token_logits);
+  scan.sigmoid = true;
+  if (args.count_above) scan.threshold = args.threshold;
+  return scan;
+}
+
+}  // namespace
+
+void softmax_stats(const SoftmaxStats& args, int threads) {
+  run_rows(softmax_scan(args, threads), selection_for(args.rule, args.members, args.top_k), threads,
            [&](const Scan& group, const CandidateKeeper* keeper, std::int64_t row) {
              finish_softmax(args, group, keeper, row);
            });
 }
 
 void sigmoid_stats(const SigmoidStats& args, int threads) {
-  check_logits(args.logits, threads);
-  Scan scan = scan_of(args.logits, args.token_ids, args.n_tokens, args.token_logits);
-  scan.sigmoid = true;
-  if (args.count_above) scan.threshold = args.threshold;
-  run_rows(scan, {args.top_k, 0}, threads,
+  run_rows(sigmoid_scan(args, threads), {args.top_k, 0}, threads,
            [&](const Scan& group, const CandidateKeeper* keeper, std::int64_t row) {
              finish_sigmoid(args, group, keeper, row);
            });
+}
+
+void joint_stats(const SoftmaxStats& softmax, const SigmoidStats& sigmoid, const Correction& correction,
+                 int threads) {
+  const Selection selection = selection_for(softmax.rule, softmax.members, softmax.top_k);
+  CandidateKeeper softmax_keeper(selection, threads), sigmoid_keeper({sigmoid.top_k, 0}, threads);
+  ScanPart first = {softmax_scan(softmax, threads), selection.count > 0 ? &softmax_keeper : nullptr};
+  ScanPart second = {sigmoid_scan(sigmoid, threads), sigmoid.top_k > 0 ? &sigmoid_keeper : nullptr};
+  first.scan.correction = correction;
+  const auto finish = [&](const Scan& group) {
+    for_each_row(group, threads, [&](std::int64_t row) {
+      finish_softmax(softmax, group, first.keeper, row);
+      finish_sigmoid(sigmoid, *group.second, second.keeper, row);
+    });
+  };
+  run_scan(first, threads, finish, &second);
 }
 
 void copy_logits(const Logits& logits, float* to, int threads) {
@@ -150,7 +174,7 @@ void copy_logits(const Logits& logits, float* to, int threads) {
   Scan scan = {};
   scan.logits = logits;
   scan.copy = to;
-  run_scan(scan, nullptr, threads, [](const Scan&) {});
+  run_scan({scan, nullptr}, threads, [](const Scan&) {});
 }
 
 }  // namespace pyqe::cpu

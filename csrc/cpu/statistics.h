@@ -39,6 +39,11 @@ struct SigmoidStats {
 
 // Raise std::invalid_argument for a bad size or dtype, TokenIdError for a bad id.
 void softmax_stats(const SoftmaxStats& args, int threads);
+
+// Both in one pass, the sigmoid ones of corrected logits.
+void joint_stats(const SoftmaxStats& softmax, const SigmoidStats& sigmoid, const Correction& correction,
+                 int threads);
+
 void copy_logits(const Logits& logits, float* to, int threads);  // to [n, vocab]
 void sigmoid_stats(const SigmoidStats& args, int threads);
 

@@ -152,7 +152,7 @@ void vocab_bce_logits(const VocabBcePass& pass, std::int64_t group, std::int64_t
   const bool products = args.grad_hidden || args.grad_weight;
   const std::int64_t tile_index = group * pass.group_blocks * kTiles + item, first = tile_index * kTile;
   const std::int64_t last = smaller(first + kTile, from.vocab);
-  LinearTile<Isa, T> tile{from};
+  LinearTile<Isa, T> tile{from, 0};
   RowSums* sums = pass.row_sums + tile_index * from.n;
   for (std::int64_t id = first; id < last; id += smaller(tile.columns, kTile)) {
     const std::int64_t count = smaller(last - id, smaller(tile.columns, kTile));

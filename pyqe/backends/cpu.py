@@ -271,67 +271,85 @@ def _joined_ids(n: int, token_ids: Tensor | None, choice_ids: Tensor | None) -> 
     return torch.cat(given, 1).contiguous() if given else torch.empty(n, 0, dtype=torch.int64)
 
 
-def _softmax_stats(
-    logits: Any,
-    n: int,
-    vocab_size: int,
-    token_ids: Tensor | None,
-    choice_ids: Tensor | None,
-    top_k: int,
-    temperature: float | None,
-    entropy: bool,
-    dominant: str,
-) -> tuple[Tensor, ...]:
-    rule = DominantRule.parse(dominant) if dominant else None
-    members = rule.max_size(vocab_size) if rule else 0
-    ids, k = _joined_ids(n, token_ids, choice_ids), min(top_k, vocab_size)
-    n_tokens = 0 if token_ids is None else token_ids.shape[1]
+@dataclass
+class _Softmax:
+    """Softmax statistics: what the library is asked for, and the tensors that it fills."""
 
-    def row(wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty((n,) if wanted else (n, 0), dtype=dtype)
+    request: Any
+    ids: Tensor  # [N, K + C]
+    n_tokens: int
+    columns: list[Tensor]  # the operator's results but for the logits of tokens and choices
+    gathered: Tensor
 
-    max_logit, max_logprob, argmax = row(), row(), row(dtype=torch.int64)
-    row_entropy, tempered = row(entropy), row(temperature is not None)
-    gathered = torch.empty(ids.shape)
-    topk_logits, topk_ids = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
-    dominant_ids = torch.empty(n, members, dtype=torch.int64)
-    size, mass = row(rule is not None, torch.int64), row(rule is not None)
-    _C.softmax_stats(
-        logits,
-        _rule(rule),
-        token_ids=ids.data_ptr(),
-        token_logits=gathered.data_ptr(),
-        n_tokens=ids.shape[1],
-        max_logit=max_logit.data_ptr(),
-        max_logprob=max_logprob.data_ptr(),
-        argmax=argmax.data_ptr(),
-        entropy=row_entropy.data_ptr() if entropy else 0,
-        tempered=0 if temperature is None else tempered.data_ptr(),
-        temperature=temperature or 1.0,
-        topk_logits=topk_logits.data_ptr(),
-        topk_ids=topk_ids.data_ptr(),
-        top_k=k,
-        dominant_ids=dominant_ids.data_ptr(),
-        size=size.data_ptr(),
-        mass=mass.data_ptr(),
-        members=members,
-        threads=torch.get_num_threads(),
-    )
-    token_logits, choice_logits = gathered[:, :n_tokens].clone(), gathered[:, n_tokens:].clone()
-    return (
-        max_logit,
-        max_logprob,
-        argmax,
-        row_entropy,
-        token_logits,
-        tempered,
-        topk_logits,
-        topk_ids,
-        choice_logits,
-        dominant_ids,
-        size,
-        mass,
-    )
+    @classmethod
+    def of(
+        cls,
+        logits: Any,
+        n: int,
+        vocab_size: int,
+        token_ids: Tensor | None,
+        choice_ids: Tensor | None,
+        top_k: int,
+        temperature: float | None,
+        entropy: bool,
+        dominant: str,
+    ) -> _Softmax:
+        rule = DominantRule.parse(dominant) if dominant else None
+        members = rule.max_size(vocab_size) if rule else 0
+        ids, k = _joined_ids(n, token_ids, choice_ids), min(top_k, vocab_size)
+
+        def row(wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty((n,) if wanted else (n, 0), dtype=dtype)
+
+        max_logit, max_logprob, argmax = row(), row(), row(dtype=torch.int64)
+        row_entropy, tempered = row(entropy), row(temperature is not None)
+        gathered = torch.empty(ids.shape)
+        topk_logits, topk_ids = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
+        dominant_ids = torch.empty(n, members, dtype=torch.int64)
+        size, mass = row(rule is not None, torch.int64), row(rule is not None)
+        request = _C.softmax_request(
+            logits,
+            _rule(rule),
+            token_ids=ids.data_ptr(),
+            token_logits=gathered.data_ptr(),
+            n_tokens=ids.shape[1],
+            max_logit=max_logit.data_ptr(),
+            max_logprob=max_logprob.data_ptr(),
+            argmax=argmax.data_ptr(),
+            entropy=row_entropy.data_ptr() if entropy else 0,
+            tempered=0 if temperature is None else tempered.data_ptr(),
+            temperature=temperature or 1.0,
+            topk_logits=topk_logits.data_ptr(),
+            topk_ids=topk_ids.data_ptr(),
+            top_k=k,
+            dominant_ids=dominant_ids.data_ptr(),
+            size=size.data_ptr(),
+            mass=mass.data_ptr(),
+            members=members,
+        )
+        columns = [
+            max_logit,
+            max_logprob,
+            argmax,
+            row_entropy,
+            tempered,
+            topk_logits,
+            topk_ids,
+            dominant_ids,
+            size,
+            mass,
+        ]
+        return cls(request, ids, 0 if token_ids is None else token_ids.shape[1], columns, gathered)
+
+    def results(self) -> tuple[Tensor, ...]:
+        tokens, choices = self.gathered[:, : self.n_tokens].clone(), self.gathered[:, self.n_tokens :].clone()
+        return (*self.columns[:4], tokens, *self.columns[4:7], choices, *self.columns[7:])
+
+
+def _softmax_stats(*arguments: Any) -> tuple[Tensor, ...]:
+    asked = _Softmax.of(*arguments)
+    _C.softmax_stats(asked.request, threads=torch.get_num_threads())
+    return asked.results()
 
 
 def _look_again(
@@ -390,15 +408,16 @@ def _threshold_logit(threshold: float) -> float:
     return math.log(threshold / (1 - threshold))
 
 
-def _sigmoid_stats(
+def _sigmoid_request(
     logits: Any, n: int, vocab_size: int, token_ids: Tensor | None, top_k: int, threshold: float | None
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
+    """What the library is asked for, the ids of the tokens, and the results that it fills."""
     ids, k = _joined_ids(n, token_ids, None), min(top_k, vocab_size)
     max_logit, sum_prob, argmax = torch.empty(n), torch.empty(n), torch.empty(n, dtype=torch.int64)
     above = torch.empty((n,) if threshold is not None else (n, 0), dtype=torch.int64)
     gathered = torch.empty(ids.shape)
     topk_logits, topk_ids = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
-    _C.sigmoid_stats(
+    request = _C.sigmoid_request(
         logits,
         token_ids=ids.data_ptr(),
         token_logits=gathered.data_ptr(),
@@ -411,9 +430,14 @@ def _sigmoid_stats(
         topk_logits=topk_logits.data_ptr(),
         topk_ids=topk_ids.data_ptr(),
         top_k=k,
-        threads=torch.get_num_threads(),
     )
-    return max_logit, argmax, sum_prob, above, gathered, topk_logits, topk_ids
+    return request, ids, (max_logit, argmax, sum_prob, above, gathered, topk_logits, topk_ids)
+
+
+def _sigmoid_stats(*arguments: Any) -> tuple[Tensor, ...]:
+    request, _ids, results = _sigmoid_request(*arguments)
+    _C.sigmoid_stats(request, threads=torch.get_num_threads())
+    return results
 
 
 def sigmoid_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
@@ -433,6 +457,47 @@ def linear_sigmoid_stats(
     row_scale, row_shift = (None if term is None else term.float().contiguous() for term in (scale, shift))
     logits = _linear(hidden, weight, bias, row_scale=row_scale, row_shift=row_shift)
     return _sigmoid_stats(logits, len(hidden), weight.shape[0], *options)
+
+
+def linear_joint_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    token_ids: Tensor | None,
+    choice_ids: Tensor | None,
+    top_k: int,
+    temperature: float | None,
+    entropy: bool,
+    dominant: str,
+    scale: Tensor,
+    shift: Tensor,
+    token_bias: Tensor | None,
+    projected: Tensor | None,
+    factors: Tensor | None,
+    sigmoid_top_k: int,
+    threshold: float | None,
+) -> tuple[Tensor, ...]:
+    n, vocab_size = len(hidden), weight.shape[0]
+    logits, logits_of = _lm_logits(hidden, weight, bias, logit_scale, logit_softcap)
+    softmax = _Softmax.of(logits, n, vocab_size, token_ids, choice_ids, top_k, temperature, entropy, dominant)
+    request, _ids, results = _sigmoid_request(logits, n, vocab_size, token_ids, sigmoid_top_k, threshold)
+    terms = [
+        None if term is None else term.float().contiguous() for term in (scale, shift, token_bias, projected, factors)
+    ]
+    _C.joint_stats(
+        softmax.request,
+        request,
+        scale=_pointer(terms[0]),
+        shift=_pointer(terms[1]),
+        bias=_pointer(terms[2]),
+        projected=_pointer(terms[3]),
+        factors=_pointer(terms[4]),
+        rank=0 if factors is None else factors.shape[1],
+        threads=torch.get_num_threads(),
+    )
+    return (*_look_again(softmax.results(), dominant, logits_of), *results)
 
 
 # --- negatives ------------------------------------------------------------------------------------------------------
@@ -600,6 +665,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear_softmax_stats": linear_softmax_stats,
     "sigmoid_stats": sigmoid_stats,
     "linear_sigmoid_stats": linear_sigmoid_stats,
+    "linear_joint_stats": linear_joint_stats,
     "sample_negatives": sample_negatives,
     "linear_sample_negatives": linear_sample_negatives,
     "linear_vocab_bce": linear_vocab_bce,

@@ -357,6 +357,47 @@ def linear_sigmoid_stats(
     return _reduce_blocks(blocks, _sigmoid_rows, token_ids, top_k, threshold)
 
 
+def linear_joint_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    token_ids: Tensor | None,
+    choice_ids: Tensor | None,
+    top_k: int,
+    temperature: float | None,
+    entropy: bool,
+    dominant: str,
+    scale: Tensor,
+    shift: Tensor,
+    token_bias: Tensor | None,
+    projected: Tensor | None,
+    factors: Tensor | None,
+    sigmoid_top_k: int,
+    threshold: float | None,
+) -> tuple[Tensor, ...]:
+    """Softmax statistics of logits z, and sigmoid ones of ``scale z + token_bias + shift + projected @ factors.T``.
+
+    All terms are float32: scale and shift [N], token_bias [V], projected [N, r], factors [V, r].
+    """
+    softmax_options = (token_ids, choice_ids, top_k, temperature, entropy, dominant)
+    softmax = linear_softmax_stats(hidden, weight, bias, logit_scale, logit_softcap, *softmax_options)
+
+    def corrected(rows: slice, logits: Tensor) -> Tensor:
+        terms = (_pad_optional(term, rows, logits.dtype) for term in (scale, shift))
+        result = _affine(logits, token_bias, *terms)
+        if projected is not None and factors is not None:
+            result = result + _pad_rows(projected[rows].to(result.dtype), 0) @ factors.to(result.dtype).T
+        return result
+
+    blocks = (
+        (rows, corrected(rows, logits))
+        for rows, logits in _logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
+    )
+    return softmax + _reduce_blocks(blocks, _sigmoid_rows, token_ids, sigmoid_top_k, threshold)
+
+
 # --- negatives ------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ raises ``IndexError`` on the CPU and gives NaN for its row on a GPU.
 from __future__ import annotations
 
 from pyqe.functional import _ops  # noqa: F401  (registers the operators)
+from pyqe.functional.joint import linear_joint_stats
 from pyqe.functional.losses import linear_sampled_bce, linear_vocab_bce, sampled_bce
 from pyqe.functional.results import DominantTokens, SigmoidStats, SoftmaxStats, TemperatureFit, TemperatureNLL
 from pyqe.functional.sampling import linear_sample_negatives, sample_negatives
@@ -38,6 +39,7 @@ __all__ = [
     "inverse_softmax",
     "linear_boosted_prob",
     "linear_dominant_tokens",
+    "linear_joint_stats",
     "linear_sample_negatives",
     "linear_sampled_bce",
     "linear_sigmoid_stats",

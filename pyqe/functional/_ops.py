@@ -150,6 +150,23 @@ def _fake_linear_sigmoid(
     return _fake_sigmoid(hidden, *options, vocab_size=weight.shape[0])
 
 
+def _fake_joint(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    token_ids: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    softmax, sigmoid = options[:5], options[-2:]
+    vocab_size = weight.shape[0]
+    return (
+        *_fake_softmax(hidden, token_ids, *softmax, vocab_size=vocab_size),
+        *_fake_sigmoid(hidden, token_ids, *sigmoid, vocab_size=vocab_size),
+    )
+
+
 def _fake_negatives(
     logits: Tensor, targets: Tensor, seed: Tensor, sources: list[str], shares: list[int], *_: Any
 ) -> Tensor:
@@ -219,6 +236,13 @@ _define(
     f"{_HEAD}, {_AFFINE}, Tensor? token_ids, int top_k, float? threshold",
     _returns(7),
     _fake_linear_sigmoid,
+)
+_define(
+    "linear_joint_stats",
+    f"{_LM_HEAD}, {_SOFTMAX_OPTIONS}, Tensor scale, Tensor shift, Tensor? token_bias, Tensor? projected, "
+    "Tensor? factors, int sigmoid_top_k, float? threshold",
+    _returns(19),
+    _fake_joint,
 )
 _define("sample_negatives", f"Tensor logits, {_SAMPLER}", "Tensor", _fake_negatives)
 _define("linear_sample_negatives", f"{_LM_HEAD}, {_SAMPLER}", "Tensor", _fake_linear_negatives)

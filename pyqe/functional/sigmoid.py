@@ -9,7 +9,7 @@ from pyqe.functional._arguments import check_top_k, head_matrix, logit_matrix, o
 from pyqe.functional.results import SigmoidStats
 
 
-def _sigmoid_result(
+def sigmoid_result(
     columns: tuple[Tensor, ...],
     rows: torch.Size,
     token_ids: Tensor | None,
@@ -41,7 +41,7 @@ def sigmoid_stats(
     check_top_k(top_k)
     ids = optional_ids(token_ids, rows)
     columns = torch.ops.pyqe.sigmoid_stats(matrix, ids, top_k, threshold)
-    return _sigmoid_result(columns, rows, token_ids, top_k, threshold)
+    return sigmoid_result(columns, rows, token_ids, top_k, threshold)
 
 
 def linear_sigmoid_stats(
@@ -80,7 +80,7 @@ def linear_sigmoid_stats(
     ids = optional_ids(token_ids, rows)
     affine = (per_row(scale, rows, matrix, "scale"), per_row(shift, rows, matrix, "shift"))
     columns = torch.ops.pyqe.linear_sigmoid_stats(matrix, weight, bias, *affine, ids, top_k, threshold)
-    return _sigmoid_result(columns, rows, token_ids, top_k, threshold)
+    return sigmoid_result(columns, rows, token_ids, top_k, threshold)
 
 
 def order_preserving(probs: Tensor, scores: Tensor, *, margin: float = 1e-3) -> Tensor:

@@ -18,7 +18,7 @@ from pyqe.functional._arguments import (
 from pyqe.functional.results import DominantTokens, SoftmaxStats
 
 
-def _softmax_result(
+def softmax_result(
     columns: tuple[Tensor, ...],
     rows: torch.Size,
     token_ids: Tensor | None,
@@ -47,7 +47,7 @@ def _softmax_result(
     )
 
 
-def _choices(choice_ids: Tensor | None, rows: torch.Size) -> Tensor | None:
+def choice_matrix(choice_ids: Tensor | None, rows: torch.Size) -> Tensor | None:
     """Choice ids as a matrix [N, C], or [1, C] for all rows."""
     if choice_ids is None or choice_ids.dim() != 1:
         return None if choice_ids is None else id_matrix(choice_ids, rows, "choice_ids")
@@ -55,7 +55,7 @@ def _choices(choice_ids: Tensor | None, rows: torch.Size) -> Tensor | None:
     return choice_ids[None]
 
 
-def _check_options(top_k: int, temperature: float | None) -> None:
+def check_softmax_options(top_k: int, temperature: float | None) -> None:
     check_top_k(top_k)
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
@@ -79,10 +79,10 @@ def softmax_stats(
         0.5
     """
     matrix, rows = logit_matrix(logits), logits.shape[:-1]
-    _check_options(top_k, temperature)
-    ids, choices = optional_ids(token_ids, rows), _choices(choice_ids, rows)
+    check_softmax_options(top_k, temperature)
+    ids, choices = optional_ids(token_ids, rows), choice_matrix(choice_ids, rows)
     columns = torch.ops.pyqe.softmax_stats(matrix, ids, choices, top_k, temperature, entropy, rule_spec(dominant))
-    return _softmax_result(columns, rows, token_ids, top_k, temperature, entropy, choice_ids, dominant)
+    return softmax_result(columns, rows, token_ids, top_k, temperature, entropy, choice_ids, dominant)
 
 
 def linear_softmax_stats(
@@ -127,8 +127,8 @@ def linear_softmax_stats(
         tensor([4., 4.])
     """
     matrix, rows = head_matrix(hidden, weight, bias), hidden.shape[:-1]
-    _check_options(top_k, temperature)
-    ids, choices = optional_ids(token_ids, rows), _choices(choice_ids, rows)
+    check_softmax_options(top_k, temperature)
+    ids, choices = optional_ids(token_ids, rows), choice_matrix(choice_ids, rows)
     columns = torch.ops.pyqe.linear_softmax_stats(
         matrix,
         weight,
@@ -142,7 +142,7 @@ def linear_softmax_stats(
         entropy,
         rule_spec(dominant),
     )
-    return _softmax_result(columns, rows, token_ids, top_k, temperature, entropy, choice_ids, dominant)
+    return softmax_result(columns, rows, token_ids, top_k, temperature, entropy, choice_ids, dominant)
 
 
 def dominant_tokens(logits: Tensor, rule: DominantRule | None = None) -> DominantTokens:
