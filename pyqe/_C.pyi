@@ -201,6 +201,9 @@ def sigmoid_stats(
     threshold is a logit; count_above may be 0.
     """
 
+def linear_temperature_nll(logits: Logits, *, labels: int, beta: float, threads: int) -> tuple[float, float, float]:
+    """As temperature_nll with labels [n], of a head's logits; labels are checked before anything."""
+
 def copy_logits(logits: Logits, to: int, *, threads: int) -> None:
     """to [n, vocab] (fp32) = the logits themselves."""
 

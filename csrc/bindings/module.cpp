@@ -154,6 +154,13 @@ void softmax_stats(const cpu::Logits& logits, const DominantRule& rule, Address 
   cpu::softmax_stats(args, threads);
 }
 
+std::tuple<double, double, double> linear_temperature_nll(const cpu::Logits& logits, Address labels,
+                                                          double beta, int threads) {
+  const cpu::LinearTemperatureNll args = {logits, pointer<const std::int64_t>(labels), beta};
+  const cpu::TemperatureDerivatives result = cpu::linear_temperature_nll(args, threads);
+  return {result.nll, result.first, result.second};
+}
+
 void copy_logits(const cpu::Logits& logits, Address to, int threads) {
   cpu::copy_logits(logits, pointer<float>(to), threads);
 }
@@ -265,6 +272,8 @@ PYBIND11_MODULE(_C, module) {
              arg("argmax"), arg("entropy"), arg("tempered"), arg("temperature"), arg("topk_logits"),
              arg("topk_ids"), arg("top_k"), arg("dominant_ids"), arg("size"), arg("mass"), arg("members"),
              arg("threads"));
+  module.def("linear_temperature_nll", linear_temperature_nll, WithoutGil(), arg("logits"), py::kw_only(),
+             arg("labels"), arg("beta"), arg("threads"));
   module.def("copy_logits", copy_logits, WithoutGil(), arg("logits"), arg("to"), py::kw_only(),
              arg("threads"));
   module.def("sigmoid_stats", sigmoid_stats, WithoutGil(), arg("logits"), py::kw_only(), arg("token_ids"),

@@ -168,6 +168,20 @@ SigmoidPartial merged_sigmoid(const Scan& scan, std::int64_t row) {
   return total;
 }
 
+MomentsPartial merged_moments(const Scan& scan, std::int64_t row) {
+  const MomentsPartial* parts = scan.moments_partials + row * scan.segments;
+  MomentsPartial total = {-kInfinity, 0, 0, 0};
+  for (std::int64_t s = 0; s < scan.segments; ++s) total.max = std::max(total.max, parts[s].max);
+  for (std::int64_t s = 0; s < scan.segments; ++s) {
+    MomentsPartial part = parts[s];
+    rebase(part, total.max, scan.moments_beta);
+    total.sum += part.sum;
+    total.weighted += part.weighted;
+    total.squared += part.squared;
+  }
+  return total;
+}
+
 std::int64_t dominant_size(const DominantRule& rule, std::int64_t members, std::int64_t vocab,
                            const std::vector<Candidate>& found, float dropped, const SoftmaxPartial& total,
                            double entropy) {
@@ -199,8 +213,10 @@ void run_scan(Scan scan, CandidateKeeper* keeper, int threads,
   scan.segments = segments_of(from.vocab);
   std::vector<SoftmaxPartial> softmax(static_cast<std::size_t>(scan.softmax ? largest * scan.segments : 0));
   std::vector<SigmoidPartial> sigmoid(static_cast<std::size_t>(scan.sigmoid ? largest * scan.segments : 0));
+  std::vector<MomentsPartial> moments(static_cast<std::size_t>(scan.moments ? largest * scan.segments : 0));
   scan.softmax_partials = softmax.data();
   scan.sigmoid_partials = sigmoid.data();
+  scan.moments_partials = moments.data();
   attach(scan, keeper);
   for (scan.first_row = 0; scan.first_row < from.n; scan.first_row += step) {
     scan.rows = std::min(step, from.n - scan.first_row);
