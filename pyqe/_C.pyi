@@ -228,3 +228,30 @@ def sample_negatives(
     softmax part is e^(beta z) factor (fp32 [vocab], or 0), the unigram part counts (fp32 [vocab]). undecided [n] is 1
     where nothing was drawn, as the rule needs more logits than were kept.
     """
+
+def vocab_bce(
+    logits: Logits,
+    *,
+    targets: int,
+    exclude_ids: int,
+    n_exclude: int,
+    row_weights: int,
+    pos_weight: float,
+    total: int,
+    losses: int,
+    grad_hidden: int,
+    grad_weight: int,
+    grad_bias: int,
+    grad_scale: int,
+    grad_shift: int,
+    threads: int,
+) -> None:
+    """Binary cross-entropy of every token, label 1 for the target, without the excluded ones, and its gradients.
+
+    logits come from linear_logits, without softcap. losses[n] sums over the vocabulary; total and the gradients are
+    those of sum_n row_weights[n] losses[n], in one pass. row_weights, total, losses, grad_scale and grad_shift are
+    fp32, the other gradients of the dtype of the logits and without gaps between rows; a gradient of 0 is not
+    computed. targets [n] and exclude_ids [n, n_exclude] hold -1 for none; a target is not excluded.
+
+    IndexError for an id that is neither -1 nor below vocab, before anything is written.
+    """

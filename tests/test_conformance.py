@@ -223,6 +223,7 @@ def test_choices_for_all_rows_or_for_each(backend: str, n: int) -> None:
 def test_autocast_and_gradients_leave_statistics_alone(backend: str) -> None:
     hidden, weight, _ = head(5, 16, 40, torch.float32)
     needs("linear_softmax_stats", hidden)
+    needs("linear_vocab_bce", hidden)
     expected = F.linear_softmax_stats(hidden, weight, entropy=True)
     hidden.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -309,31 +310,141 @@ def test_sigmoid_stats_of_nan_row(backend: str) -> None:
 # --- losses
 
 
-def test_vocab_bce_against_torch(backend: str) -> None:
-    hidden, weight, bias = (tensor.requires_grad_() for tensor in head(70, 9, 83, torch.float64))
-    needs("linear_vocab_bce", hidden)
-    scale = torch.rand(70, dtype=torch.float64).requires_grad_()
-    shift = torch.randn((), dtype=torch.float64).requires_grad_()
-    targets, exclude = torch.randint(0, 83, (70,)), torch.randint(-1, 83, (70, 6))
-    targets[3] = -100
-    loss = F.linear_vocab_bce(
-        hidden, weight, targets, exclude=exclude, bias=bias, scale=scale, shift=shift, pos_weight=3.0
-    )
-    logits = scale[:, None] * (hidden @ weight.T) + bias + shift
-    labels = torch.zeros_like(logits)
-    mask = torch.ones_like(logits, dtype=torch.bool)
-    for i in range(70):
+def vocab_bce_definition(
+    hidden: Tensor, weight: Tensor, terms: dict[str, Tensor], targets: Tensor, exclude: Tensor, pos_weight: float
+) -> Tensor:
+    """Sum of the losses, with torch's own operations."""
+    logits = hidden @ weight.T
+    logits = terms["scale"][:, None].to(logits.dtype) * logits + terms["bias"] + terms["shift"].to(logits.dtype)
+    labels, mask = torch.zeros_like(logits), torch.ones_like(logits, dtype=torch.bool)
+    for i, target in enumerate(targets.tolist()):
         mask[i, exclude[i][exclude[i] >= 0]] = False
-        if targets[i] == -100:
+        if target == -100:
             mask[i] = False
         else:
-            mask[i, targets[i]], labels[i, targets[i]] = True, 1.0
-    weights = torch.tensor(3.0, dtype=torch.float64)
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits[mask], labels[mask], pos_weight=weights)
-    torch.testing.assert_close(loss, expected)
-    inputs = (hidden, weight, bias, scale, shift)
-    for got, want in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(got, want)
+            mask[i, target], labels[i, target] = True, 1.0
+    return torch.nn.functional.binary_cross_entropy_with_logits(
+        logits[mask], labels[mask], pos_weight=torch.tensor(pos_weight, dtype=logits.dtype), reduction="sum"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1030, 12, 2100)], ids=str)
+def test_vocab_bce_against_torch(backend: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    hidden, weight, bias = head(*shape, dtype)
+    needs("linear_vocab_bce", hidden)
+    n, _, v = shape
+    wide = torch.promote_types(dtype, torch.float32)
+    terms = {"bias": bias, "scale": torch.rand(n, dtype=wide), "shift": torch.randn((), dtype=wide)}
+    targets, exclude = torch.randint(0, v, (n,)), torch.randint(-1, v, (n, 6))
+    targets[3:4] = -100
+    exclude[:, 4], exclude[:, 5] = targets.clamp(min=-1), exclude[:, 0]  # the target stays, and twice is once
+    inputs = [tensor.requires_grad_() for tensor in (hidden, weight, *terms.values())]
+    loss = F.linear_vocab_bce(hidden, weight, targets, exclude=exclude, pos_weight=3.0, reduction="sum", **terms)
+    double = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    eager, expected = (
+        vocab_bce_definition(*tensors[:2], dict(zip(terms, tensors[2:], strict=True)), targets, exclude, 3.0)
+        for tensors in (inputs, double)
+    )
+    close(loss.detach(), expected.detach(), dtype, 10)
+    grads = [
+        torch.autograd.grad(total, given) for total, given in ((loss, inputs), (eager, inputs), (expected, double))
+    ]
+    for got, rounded, exact in zip(*grads, strict=True):
+        assert got.dtype == rounded.dtype
+        if exact.numel():
+            lost = (rounded.double() - exact).abs().max()
+            allowed = 2 * lost + 8 * torch.finfo(torch.promote_types(got.dtype, wide)).eps * exact.abs().max()
+            assert (got.double() - exact).abs().max() <= allowed
+
+
+def vocab_bce(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """The operator itself: total, losses and gradients in hidden and weight."""
+    row_weights = options.get("row_weights", torch.ones(len(hidden)))
+    arguments = (None, None, None, targets, options.get("exclude"), row_weights, 1.0, True, True)
+    return torch.ops.pyqe.linear_vocab_bce(hidden, weight, *arguments)[:4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_vocab_bce_of_a_row_does_not_depend_on_its_batch(backend: str, dtype: torch.dtype) -> None:
+    hidden, weight, _ = head(67, 48, 2999, dtype)
+    needs("linear_vocab_bce", hidden)
+    targets, exclude = torch.randint(-1, 2999, (67,)), torch.randint(-1, 2999, (67, 9))
+    _, losses, grad_hidden, _ = vocab_bce(hidden, weight, targets, exclude=exclude)
+    for rows in (slice(0, 1), slice(5, 23), slice(66, 67)):
+        part = vocab_bce(hidden[rows], weight, targets[rows], exclude=exclude[rows])
+        assert torch.equal(part[1], losses[rows])
+        assert torch.equal(part[2], grad_hidden[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_vocab_bce_is_the_same_bits_for_any_thread_count(backend: str, dtype: torch.dtype) -> None:
+    hidden, weight, _ = head(150, 65, 5001, dtype)
+    needs("linear_vocab_bce", hidden)
+    if backend == "reference":
+        pytest.skip("torch's matrix products depend on the number of threads")
+    targets = torch.randint(-1, 5001, (150,))
+    threads = torch.get_num_threads()
+    expected = vocab_bce(hidden, weight, targets)
+    try:
+        for count in (1, 3, 16):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, vocab_bce(hidden, weight, targets), expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_vocab_bce_of_a_nan_row(backend: str) -> None:
+    hidden, weight, _ = head(20, 9, 50, torch.float32)
+    needs("linear_vocab_bce", hidden)
+    targets = torch.randint(0, 50, (20,))
+    good = vocab_bce(hidden, weight, targets)
+    hidden[7, 3] = torch.nan
+    total, losses, grad_hidden, grad_weight = vocab_bce(hidden, weight, targets)
+    others = torch.arange(20) != 7
+    for got, expected in ((losses, good[1]), (grad_hidden, good[2])):
+        assert torch.equal(got[others], expected[others])
+        assert got[7].isnan().all()
+    assert total.isnan()
+    assert grad_weight.isnan().all()  # every token has met the row
+
+
+def test_vocab_bce_of_huge_and_of_tiny_losses(backend: str) -> None:
+    logits = torch.tensor([-1e4, -100, -87, -60, -20, -17, -3, -1e-4, 0, 1e-6, 1, 5, 16.5, 20, 87, 100, 1e4])
+    weight = torch.ones(1, 1)
+    needs("linear_vocab_bce", weight)
+    for target, sign in ((-1, 1), (0, -1)):
+        _, losses, grad_hidden, _ = vocab_bce(logits[:, None], weight, torch.full((17,), target))
+        z = sign * logits.double()
+        expected = z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
+        torch.testing.assert_close(losses.double(), expected, rtol=5e-7, atol=1e-37)
+        torch.testing.assert_close(grad_hidden[:, 0].double(), sign * torch.sigmoid(z), rtol=5e-7, atol=1e-37)
+
+
+def test_vocab_bce_backward_twice_and_of_a_multiple(backend: str) -> None:
+    hidden, weight, _ = head(5, 4, 11, torch.float32)
+    needs("linear_vocab_bce", hidden)
+    hidden.requires_grad_()
+    loss = F.linear_vocab_bce(hidden, weight.requires_grad_(), torch.arange(5))
+    loss.backward(retain_graph=True)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    once = hidden.grad.clone(), weight.grad.clone()
+    (3 * loss).backward()
+    torch.testing.assert_close((hidden.grad, weight.grad), (4 * once[0], 4 * once[1]))
+
+
+def test_vocab_bce_refuses_bad_ids_and_rows(backend: str) -> None:
+    hidden, weight, _ = head(3, 4, 6, torch.float32)
+    needs("linear_vocab_bce", hidden)
+    targets = torch.tensor([0, 5, -1])
+    with pytest.raises(IndexError, match="got 6"):
+        vocab_bce(hidden, weight, targets + 1)
+    with pytest.raises(IndexError, match=r"exclude.*got -2"):
+        vocab_bce(hidden, weight, targets, exclude=torch.tensor([[0], [-2], [1]]))
+    if backend == "cpu":
+        with pytest.raises(ValueError, match="targets: expected 3 rows"):
+            vocab_bce(hidden, weight, targets[:2])
 
 
 def test_ignored_rows_do_not_leak(backend: str) -> None:

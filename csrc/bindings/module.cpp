@@ -13,6 +13,7 @@
 #include "cpu/operations.h"
 #include "cpu/sampling.h"
 #include "cpu/statistics.h"
+#include "cpu/vocab_bce.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -203,6 +204,23 @@ void sample_negatives(const cpu::Logits& logits, const DominantRule& exclude, co
   cpu::sample_negatives(args, threads);
 }
 
+void vocab_bce(const cpu::Logits& logits, Address targets, Address exclude_ids, std::int64_t n_exclude,
+               Address row_weights, double pos_weight, Address total, Address losses, Address grad_hidden,
+               Address grad_weight, Address grad_bias, Address grad_scale, Address grad_shift, int threads) {
+  cpu::VocabBce args = {};
+  args.logits = logits;
+  args.targets = pointer<const std::int64_t>(targets);
+  args.exclude_ids = pointer<const std::int64_t>(exclude_ids);
+  args.n_exclude = n_exclude;
+  args.row_weights = pointer<const float>(row_weights);
+  args.pos_weight = static_cast<float>(pos_weight);
+  args.total = pointer<float>(total), args.losses = pointer<float>(losses);
+  args.grad_hidden = pointer<void>(grad_hidden), args.grad_weight = pointer<void>(grad_weight);
+  args.grad_bias = pointer<void>(grad_bias);
+  args.grad_scale = pointer<float>(grad_scale), args.grad_shift = pointer<float>(grad_shift);
+  cpu::vocab_bce(args, threads);
+}
+
 int max_threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();
@@ -283,4 +301,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("sample_negatives", sample_negatives, arg("logits"), arg("exclude"), arg("sources"),
              py::kw_only(), arg("targets"), arg("members"), arg("beta"), arg("factor"), arg("counts"),
              arg("seed"), arg("ids"), arg("undecided"), arg("threads"));
+  module.def("vocab_bce", vocab_bce, WithoutGil(), arg("logits"), py::kw_only(), arg("targets"),
+             arg("exclude_ids"), arg("n_exclude"), arg("row_weights"), arg("pos_weight"), arg("total"),
+             arg("losses"), arg("grad_hidden"), arg("grad_weight"), arg("grad_bias"), arg("grad_scale"),
+             arg("grad_shift"), arg("threads"));
 }

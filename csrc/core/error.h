@@ -16,8 +16,9 @@ inline void require_at_least(const char* name, std::int64_t value, std::int64_t 
 
 class TokenIdError : public std::out_of_range {
  public:
-  TokenIdError(std::int64_t row, std::int64_t column, std::int64_t token_id, std::int64_t vocab)
-      : std::out_of_range("token_ids[" + std::to_string(row) + ", " + std::to_string(column) +
+  TokenIdError(const char* name, std::int64_t row, std::int64_t column, std::int64_t token_id,
+               std::int64_t vocab)
+      : std::out_of_range(std::string(name) + "[" + std::to_string(row) + ", " + std::to_string(column) +
                           "]: expected -1 (padding) or a token id in [0, " + std::to_string(vocab) +
                           "), got " + std::to_string(token_id)) {}
 };

@@ -7,6 +7,10 @@
 #if PYQE_X86
 #include <cpuid.h>
 #endif
+#if PYQE_X86 && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace pyqe::cpu {
 namespace {
@@ -69,10 +73,27 @@ std::vector<std::string> detect_features() { return {}; }
 
 #endif
 
+#if PYQE_X86
+
+// Linux gives the tile registers to a process that has asked for them; in any other, their first use is
+// fatal. Asking again changes nothing, so it does not matter who else does.
+bool tiles_granted() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+#endif
+
 struct Level {
   const char* name;
   std::vector<std::string> needs;
   const Kernels* kernels;
+  bool (*granted)();  // what is to be asked of the operating system; null: nothing
 };
 
 using Names = std::vector<std::string>;
@@ -90,21 +111,22 @@ const std::vector<Level>& levels() {
 #endif
   static const std::vector<Level> all = {
 #if PYQE_X86
-      {"amx", with(kAvx512, {"avx512_bf16", "amx_tile", "amx_bf16"}), &amx_kernels},
-      {"avx512_bf16", with(kAvx512, {"avx512_bf16"}), &avx512_bf16_kernels},
-      {"avx512", kAvx512, &avx512_kernels},
-      {"avx2", kAvx2, &avx2_kernels},
+      {"amx", with(kAvx512, {"avx512_bf16", "amx_tile", "amx_bf16"}), &amx_kernels, tiles_granted},
+      {"avx512_bf16", with(kAvx512, {"avx512_bf16"}), &avx512_bf16_kernels, nullptr},
+      {"avx512", kAvx512, &avx512_kernels, nullptr},
+      {"avx2", kAvx2, &avx2_kernels, nullptr},
 #endif
-      {"portable", {}, &portable_kernels},
+      {"portable", {}, &portable_kernels, nullptr},
   };
   return all;
 }
 
 bool runs_here(const Level& level) {
   static const std::vector<std::string> features = detect_features();
-  return std::all_of(level.needs.begin(), level.needs.end(), [](const std::string& name) {
+  const bool present = std::all_of(level.needs.begin(), level.needs.end(), [](const std::string& name) {
     return std::find(features.begin(), features.end(), name) != features.end();
   });
+  return present && (!level.granted || level.granted());
 }
 
 std::string joined(const std::vector<std::string>& names) {
@@ -117,7 +139,7 @@ const Level& choose() {
   const char* variable = std::getenv("PYQE_CPU_ISA");
   const std::string wanted = variable ? variable : "";
   for (const Level& level : levels()) {
-    if (runs_here(level) && (wanted.empty() || wanted == level.name)) return level;
+    if ((wanted.empty() || wanted == level.name) && runs_here(level)) return level;
   }
   throw std::invalid_argument(
       "PYQE_CPU_ISA=" + wanted +

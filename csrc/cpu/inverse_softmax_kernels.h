@@ -21,9 +21,9 @@ __attribute__((always_inline)) inline typename Isa::F32 log(typename Isa::F32 x)
   using I32 = typename Isa::I32;
   const F32 zero = {}, infinity = broadcast<Isa>(__builtin_inff());
   const I32 subnormal = x < 0x1p-126f;
-  const I32 bits = bits_of<Isa>(subnormal ? x * 0x1p23f : x);
-  const I32 exponent = (bits - 0x3f2aaaab) >> 23;  // 0x3f2aaaab is 2/3
-  const F32 f = float_from_bits<Isa>(bits - (exponent << 23)) - 1.0f;
+  const auto bits = bits_of<Isa>(subnormal ? x * 0x1p23f : x);
+  const I32 exponent = (I32)(bits - 0x3f2aaaab) >> 23;  // 0x3f2aaaab is 2/3
+  const F32 f = float_from_bits<Isa>(bits - ((typename Bits<Isa>::U32)exponent << 23)) - 1.0f;
   const F32 e = __builtin_convertvector(exponent - (subnormal & 23), F32);
 
   constexpr float kP[] = {0x1.555506p-2f, -0x1.fffefp-3f,  0x1.99d028p-3f, -0x1.559dcap-3f,

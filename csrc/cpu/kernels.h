@@ -4,6 +4,7 @@
 
 #include "cpu/operations.h"
 #include "cpu/scan.h"
+#include "cpu/vocab_bce.h"
 
 namespace pyqe::cpu {
 
@@ -23,6 +24,8 @@ struct Kernels {
   void (*tile_logits)(const Logits&, std::int64_t first_id, std::int64_t count, const std::int64_t* rows,
                       std::int64_t n_rows, float* out);  // out [n_rows, kTile]
   void (*scaled_exp)(float* z, std::int64_t count, float base, float beta);
+  VocabBceShape (*vocab_bce_shape)(DType, std::int64_t n, std::int64_t dim);
+  void (*vocab_bce)(const VocabBcePass&, VocabBceWork, std::int64_t group, std::int64_t item);
   void (*inverse_softmax)(const InverseSoftmax&, std::int64_t begin, std::int64_t end);  // rows, fp32 only
   TemperatureSums (*temperature_nll)(const TemperatureNll&, std::int64_t begin, std::int64_t end);  // rows
 };

@@ -6,7 +6,9 @@
 // Operands are packed in words of 32 bits, a float each or two bf16 that the processor multiplies as a pair:
 //   A in panels of kRows rows,       [panel][step][row]
 //   B in panels of kColumns columns, [panel][step][column]
-// with zeros where a panel is not full. `depth` is the number of steps, words of a row.
+// with zeros where a panel is not full. `depth` is the number of steps, words of a row. A may also stay a
+// row-major matrix, of rows a fixed number of words apart. What is packed has its rows along the reduction;
+// the functions pack_transposed_* take matrices whose columns are.
 #pragma once
 
 #include "cpu/operations.h"
@@ -35,8 +37,10 @@ struct SingleWords {
   static typename Isa::F32 accumulate(typename Isa::F32 sum, typename Isa::F32 a, typename Isa::F32 b) {
     return Isa::fma(a, b, sum);
   }
+  using Element = float;  // what a word is made of
   static float word(const T* row, std::int64_t step, std::int64_t) { return to_float(row[step]); }
   static typename Isa::F32 words(const T* from) { return Isa::widen(from); }
+  static typename Isa::F32 words_across(const T* row, const T*) { return words(row); }
 };
 
 template <class Isa>
@@ -45,12 +49,14 @@ struct SingleWords<Isa, float> {
   static typename Isa::F32 accumulate(typename Isa::F32 sum, typename Isa::F32 a, typename Isa::F32 b) {
     return Isa::fma(a, b, sum);
   }
+  using Element = float;
   static float word(const float* row, std::int64_t step, std::int64_t) { return row[step]; }
   static typename Isa::F32 words(const float* from) {
     typename Isa::F32 v;
     __builtin_memcpy(&v, from, sizeof v);
     return v;
   }
+  static typename Isa::F32 words_across(const float* row, const float*) { return words(row); }
 };
 
 // Words that hold two bf16.
@@ -67,10 +73,16 @@ struct PairWords {
     __builtin_memcpy(&word, pair, sizeof word);
     return word;
   }
+  using Element = BFloat16;
   static typename Isa::F32 words(const BFloat16* from) {
     typename Isa::F32 v;
     __builtin_memcpy(&v, from, sizeof v);
     return v;
+  }
+  // The first elements of a row and the row after it as pairs; null stands for zeros.
+  static typename Isa::F32 words_across(const BFloat16* row, const BFloat16* next) {
+    const auto low = bits_of<Isa>(Isa::widen(row)) >> 16;
+    return float_from_bits<Isa>(next ? low | bits_of<Isa>(Isa::widen(next)) : low);
   }
 };
 
@@ -97,6 +109,8 @@ template <class Isa, class T, class Words>
 struct BroadcastProduct {
   using F32 = typename Isa::F32;
   static constexpr int kRows = Isa::kRows, kColumns = 2 * Isa::kWidth;
+
+  using Element = typename Words::Element;
 
   struct Session {};  // what a thread must hold while it multiplies
 
@@ -137,18 +151,60 @@ struct BroadcastProduct {
     }
   }
 
-  // c[r, :] = the products of row r with the columns of one panel.
-  template <int kCount>
-  static void multiply_rows(const float* a, const float* b, std::int64_t steps, float* c,
-                            std::int64_t stride) {
+  // The first kRows columns of a matrix [dim, ...] as the rows of a panel. Whole vectors are read.
+  static void pack_transposed_rows(const T* from, std::int64_t stride, std::int64_t dim, float* panel) {
+    static_assert(kRows <= Isa::kWidth, "a step of a panel is part of one vector");
+    for (std::int64_t k = 0; k < dim; k += Words::kElements, panel += kRows) {
+      const T* row = from + k * stride;
+      const F32 words = Words::words_across(row, k + 1 < dim ? row + stride : nullptr);
+      __builtin_memcpy(panel, &words, kRows * sizeof(float));
+    }
+  }
+
+  // The columns [first, first + count) of dim rows of a matrix as panels of `steps` steps.
+  static void pack_transposed_columns(const Rows& rows, std::int64_t dim, std::int64_t first,
+                                      std::int64_t count, std::int64_t steps, float* panels) {
+    // Rows are pages apart, so the processor itself does not see the next one coming.
+    constexpr std::int64_t kWidth = Isa::kWidth, kAhead = 16;
+    for (std::int64_t step = 0; step < steps; ++step, panels += kColumns) {
+      const std::int64_t k = step * Words::kElements;
+      const T* row = k < dim ? rows.at<T>(k) + first : nullptr;
+      const T* next = k + 1 < dim ? rows.at<T>(k + 1) + first : nullptr;
+      for (std::int64_t ahead = k + kAhead; ahead < k + kAhead + Words::kElements && ahead < dim; ++ahead) {
+        prefetch(rows.at<T>(ahead) + first, count * static_cast<std::int64_t>(sizeof(T)));
+      }
+      for (std::int64_t c = 0; c < count; c += kColumns) {
+        for (std::int64_t i = c; i < c + kColumns; i += kWidth) {
+          const F32 words = row ? words_of_columns(row + i, next ? next + i : nullptr, count - i) : F32{};
+          __builtin_memcpy(panels + c * steps + (i - c), &words, sizeof words);
+        }
+      }
+    }
+  }
+
+  static F32 words_of_columns(const T* row, const T* next, std::int64_t count) {
+    if (count >= Isa::kWidth) return Words::words_across(row, next);
+    T ends[2][Isa::kWidth] = {};
+    const std::size_t bytes = count > 0 ? static_cast<std::size_t>(count) * sizeof(T) : 0;
+    __builtin_memcpy(ends[0], row, bytes);
+    if (next) __builtin_memcpy(ends[1], next, bytes);
+    return Words::words_across(ends[0], ends[1]);
+  }
+
+  // c[r, :] = the products of row r with the columns of one panel. Rows of A are a panel, or kStride words
+  // apart.
+  template <int kCount, std::int64_t kStride>
+  __attribute__((noinline)) static void multiply_rows(const float* a, const float* b, std::int64_t steps,
+                                                      float* c, std::int64_t stride) {
+    constexpr std::int64_t kRow = kStride ? kStride : 1, kStep = kStride ? 1 : kRows;
     F32 sums[kCount][2] = {};
-    for (std::int64_t step = 0; step < steps; ++step, a += kRows, b += kColumns) {
+    for (std::int64_t step = 0; step < steps; ++step, a += kStep, b += kColumns) {
       F32 left, right;
       __builtin_memcpy(&left, b, sizeof left);
       __builtin_memcpy(&right, b + Isa::kWidth, sizeof right);
 #pragma GCC unroll 16
       for (int r = 0; r < kCount; ++r) {
-        const F32 word = broadcast<Isa>(a[r]);
+        const F32 word = broadcast<Isa>(a[r * kRow]);
         sums[r][0] = Words::accumulate(sums[r][0], word, left);
         sums[r][1] = Words::accumulate(sums[r][1], word, right);
       }
@@ -156,13 +212,15 @@ struct BroadcastProduct {
     for (int r = 0; r < kCount; ++r) __builtin_memcpy(c + r * stride, sums[r], sizeof sums[r]);
   }
 
+  template <std::int64_t kStride = 0>
   static void multiply(std::int64_t rows, const float* a, const float* b, std::int64_t steps, float* c,
                        std::int64_t stride) {
-    if (rows == 1) return multiply_rows<1>(a, b, steps, c, stride);
-    if (rows == 2) return multiply_rows<2>(a, b, steps, c, stride);
-    if (rows <= 4) return multiply_rows<4>(a, b, steps, c, stride);
-    if (kRows > 8 && rows <= 8) return multiply_rows<(kRows > 8 ? 8 : kRows)>(a, b, steps, c, stride);
-    multiply_rows<kRows>(a, b, steps, c, stride);
+    if (rows == 1) return multiply_rows<1, kStride>(a, b, steps, c, stride);
+    if (rows == 2) return multiply_rows<2, kStride>(a, b, steps, c, stride);
+    if (rows <= 4) return multiply_rows<4, kStride>(a, b, steps, c, stride);
+    if (kRows > 8 && rows <= 8)
+      return multiply_rows<(kRows > 8 ? 8 : kRows), kStride>(a, b, steps, c, stride);
+    multiply_rows<kRows, kStride>(a, b, steps, c, stride);
   }
 };
 

@@ -273,11 +273,12 @@ void check_logits(const Logits& logits, int threads) {
   element_bytes(logits.dtype);
 }
 
-void check_token_ids(const std::int64_t* token_ids, std::int64_t n, std::int64_t k, std::int64_t vocab) {
+void check_token_ids(const std::int64_t* token_ids, std::int64_t n, std::int64_t k, std::int64_t vocab,
+                     const char* name) {
   for (std::int64_t pair = 0; pair < n * k; ++pair) {
     // Unsigned, so that one comparison covers both ends: -1 becomes 0, ids below it become huge.
     if (static_cast<std::uint64_t>(token_ids[pair]) + 1 > static_cast<std::uint64_t>(vocab)) {
-      throw TokenIdError(pair / k, pair % k, token_ids[pair], vocab);
+      throw TokenIdError(name, pair / k, pair % k, token_ids[pair], vocab);
     }
   }
 }

@@ -330,12 +330,17 @@ struct LinearTile {
     if (from.bias) scaled_bias<T>(from, first_id, count, bias);
   }
 
-  template <class Consume>
-  void multiply(const float* panel, std::int64_t rows, std::int64_t count, const std::int64_t* list,
-                std::int64_t first_row, const Consume& consume_row) {
+  // The bare products of a panel of rows, in `products`.
+  void multiply(const float* panel, std::int64_t rows, std::int64_t count) {
     for (std::int64_t c = 0; c < count; c += Product::kColumns) {
       Product::multiply(rows, panel, packed + c * depth, depth, products + c, columns);
     }
+  }
+
+  template <class Consume>
+  void multiply(const float* panel, std::int64_t rows, std::int64_t count, const std::int64_t* list,
+                std::int64_t first_row, const Consume& consume_row) {
+    multiply(panel, rows, count);
     for (std::int64_t r = 0; r < rows; ++r) {
       float* z = products + r * columns;
       transform<Isa>(from, list ? list[first_row + r] : first_row + r, from.bias ? bias : nullptr, z, count);

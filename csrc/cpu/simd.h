@@ -26,13 +26,20 @@ struct Pair {
 template <class Isa>
 constexpr std::int64_t kPairWidth = 2 * Isa::kWidth;
 
+// Unsigned, because some lanes hold what is not used in the end: there sums may wrap around, which for signed
+// numbers is undefined.
 template <class Isa>
-typename Isa::I32 bits_of(typename Isa::F32 value) {
-  return (typename Isa::I32)value;
+struct Bits {
+  typedef std::uint32_t U32 __attribute__((vector_size(4 * Isa::kWidth)));
+};
+
+template <class Isa>
+typename Bits<Isa>::U32 bits_of(typename Isa::F32 value) {
+  return (typename Bits<Isa>::U32)value;
 }
 
 template <class Isa>
-typename Isa::F32 float_from_bits(typename Isa::I32 bits) {
+typename Isa::F32 float_from_bits(typename Bits<Isa>::U32 bits) {
   return (typename Isa::F32)bits;
 }
 
@@ -52,9 +59,9 @@ Pair<Isa> load(const float* from) {
 
 template <class Isa>
 Pair<Isa> load(const BFloat16* from) {
-  typename Isa::I32 words;
+  typename Bits<Isa>::U32 words;
   __builtin_memcpy(&words, from, sizeof words);
-  return {float_from_bits<Isa>(words << 16), float_from_bits<Isa>(words & static_cast<int>(0xffff0000u))};
+  return {float_from_bits<Isa>(words << 16), float_from_bits<Isa>(words & 0xffff0000u)};
 }
 
 template <class Isa>
@@ -72,9 +79,9 @@ void store(float* to, Pair<Isa> pair) {
 template <class Isa>
 typename Isa::I32 round_to_bfloat16(typename Isa::F32 value) {
   using I32 = typename Isa::I32;
-  const I32 bits = bits_of<Isa>(value);
-  const I32 rounded = bits + 0x7fff + (bits >> 16 & 1);
-  return (value == value ? rounded : bits | 0x400000) & static_cast<int>(0xffff0000u);
+  const auto bits = bits_of<Isa>(value);
+  const auto rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return (I32)((value == value ? rounded : bits | 0x400000) & 0xffff0000u);
 }
 
 template <class Isa>
@@ -88,6 +95,24 @@ template <class Isa>
 void store(Float16* to, Pair<Isa> pair) {
   Isa::narrow(to, pair.first);
   Isa::narrow(to + Isa::kWidth, pair.second);
+}
+
+// One vector of fp32 as kWidth consecutive elements, rounded to nearest.
+template <class Isa>
+void narrow(float* to, typename Isa::F32 value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+template <class Isa>
+void narrow(BFloat16* to, typename Isa::F32 value) {
+  typedef std::uint16_t Halves __attribute__((vector_size(2 * Isa::kWidth)));
+  const Halves halves = __builtin_convertvector(round_to_bfloat16<Isa>(value) >> 16, Halves);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+
+template <class Isa>
+void narrow(Float16* to, typename Isa::F32 value) {
+  Isa::narrow(to, value);
 }
 
 // The end of a row goes through a buffer, so that nothing past the row is read or written.
@@ -121,7 +146,7 @@ inline void prefetch(const void* from, std::int64_t bytes) {
 template <class Isa>
 typename Isa::F32 scale_by_product(typename Isa::F32 v, typename Isa::F32 exponent) {
   const typename Isa::I32 biased = __builtin_convertvector(exponent, typename Isa::I32) + 127;
-  return v * float_from_bits<Isa>(biased << 23);
+  return v * float_from_bits<Isa>((typename Bits<Isa>::U32)biased << 23);
 }
 
 // Calls body with a value of the C++ type that a dtype stands for.

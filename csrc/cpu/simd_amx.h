@@ -5,7 +5,7 @@
 #include "cpu/simd_avx512_bf16.h"
 
 #ifdef PYQE_EMULATED_TILES
-#include "cpu/emulated_tiles.h"  // the tests run this file on any processor with AVX-512 BF16
+#include "emulated_tiles.h"  // tests/cpp runs this file on any processor with AVX-512 BF16
 #endif
 
 namespace pyqe::cpu {
@@ -41,6 +41,8 @@ struct TileProduct {
     Session& operator=(const Session&) = delete;
   };
 
+  using Element = BFloat16;
+
   static std::int64_t depth(std::int64_t dim) { return (dim + 31) / 32 * kSteps; }
 
   static void pack_rows(const Rows& rows, std::int64_t count, std::int64_t dim, float* panel) {
@@ -63,15 +65,43 @@ struct TileProduct {
                      static_cast<std::size_t>(missing) * kColumns * sizeof(float));
   }
 
-  static void multiply(std::int64_t rows, const float* a, const float* b, std::int64_t steps, float* c,
-                       std::int64_t stride) {
+  static void pack_transposed_rows(const BFloat16* from, std::int64_t stride, std::int64_t dim,
+                                   float* panel) {
+    const std::int64_t steps = depth(dim);
+    for (int half = 0; half < kRows; half += 16, from += 16) {
+      for (std::int64_t step = 0; step < steps; step += kSteps, panel += kTileWords) {
+        Amx::F32 square[kSteps];
+        for (int i = 0; i < kSteps; ++i) {
+          const std::int64_t k = 2 * (step + i);
+          const BFloat16* row = from + k * stride;
+          square[i] =
+              k < dim ? PairWords<Amx>::words_across(row, k + 1 < dim ? row + stride : nullptr) : Amx::F32{};
+        }
+        transpose<Amx>(square);
+        __builtin_memcpy(panel, square, sizeof square);
+      }
+    }
+  }
+
+  static void pack_transposed_columns(const Rows& rows, std::int64_t dim, std::int64_t first,
+                                      std::int64_t count, std::int64_t steps, float* panels) {
+    Pairs::pack_transposed_columns(rows, dim, first, count, steps, panels);
+  }
+
+  // Not inlined: among the variables of its caller, the counter of the loop would live in memory.
+  template <std::int64_t kStride = 0>
+  __attribute__((noinline)) static void multiply(std::int64_t rows, const float* a, const float* b,
+                                                 std::int64_t steps, float* c, std::int64_t stride) {
+    // gcc does not know that tile loads read memory: from here on, a and b are in it.
+    __asm__ volatile("" : : : "memory");
+    constexpr std::int64_t kABytes = kStride ? kStride * 4 : 64, kNext = kStride ? kSteps : kTileWords;
     const std::int64_t c_bytes = stride * 4, b_bytes = kColumns * 4;
-    const float* lower = a + 16 * steps;
+    const float* lower = a + 16 * (kStride ? kStride : steps);
     _tile_zero(0);
     _tile_zero(1);
     if (rows <= 16) {
-      for (std::int64_t s = 0; s < steps; s += kSteps, a += kTileWords, b += kSteps * kColumns) {
-        _tile_loadd(4, a, 64);
+      for (std::int64_t s = 0; s < steps; s += kSteps, a += kNext, b += kSteps * kColumns) {
+        _tile_loadd(4, a, kABytes);
         _tile_loadd(6, b, b_bytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, b + 16, b_bytes);
@@ -80,16 +110,16 @@ struct TileProduct {
     } else {
       _tile_zero(2);
       _tile_zero(3);
-      for (std::int64_t s = 0; s < steps; s += kSteps, a += kTileWords, b += kSteps * kColumns) {
-        _tile_loadd(4, a, 64);
+      for (std::int64_t s = 0; s < steps; s += kSteps, a += kNext, b += kSteps * kColumns) {
+        _tile_loadd(4, a, kABytes);
         _tile_loadd(6, b, b_bytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, b + 16, b_bytes);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, lower, 64);
+        _tile_loadd(5, lower, kABytes);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        lower += kTileWords;
+        lower += kNext;
       }
       _tile_stored(2, c + 16 * stride, c_bytes);
       _tile_stored(3, c + 16 * stride + 16, c_bytes);

@@ -6,6 +6,7 @@
 #include "cpu/scan_kernels.h"
 #include "cpu/temperature_kernels.h"
 #include "cpu/token_logits_kernels.h"
+#include "cpu/vocab_bce_kernels.h"
 
 namespace pyqe::cpu {
 namespace {
@@ -34,6 +35,11 @@ constexpr Kernels kernel_table() {
       scan_segments<Isa>,
       tile_logits<Isa>,
       scaled_exp<Isa>,
+      vocab_bce_shape<Isa>,
+      [](const VocabBcePass& pass, VocabBceWork work, std::int64_t group, std::int64_t item) {
+        with_element_type(pass.args->logits.dtype,
+                          [&](auto element) { vocab_bce<Isa, decltype(element)>(pass, work, group, item); });
+      },
       inverse_softmax<Isa>,
       [](const TemperatureNll& args, std::int64_t begin, std::int64_t end) {
         TemperatureSums sums = {};

@@ -28,16 +28,8 @@ typename Isa::F32 load_in_order(const float* from) {
   return values;
 }
 
-template <class Isa>
-typename Isa::F32 load_in_order(const BFloat16* from) {
-  typedef std::uint16_t U16 __attribute__((vector_size(2 * Isa::kWidth)));
-  U16 halves;
-  __builtin_memcpy(&halves, from, sizeof halves);
-  return float_from_bits<Isa>(__builtin_convertvector(halves, typename Isa::I32) << 16);
-}
-
-template <class Isa>
-typename Isa::F32 load_in_order(const Float16* from) {
+template <class Isa, class T>
+typename Isa::F32 load_in_order(const T* from) {
   return Isa::widen(from);
 }
 

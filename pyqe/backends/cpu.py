@@ -460,7 +460,7 @@ def linear_sigmoid_stats(
 
 @dataclass
 class _Sources:
-    """What to draw from, as the library takes it: parts (softmax, unigram, uniform, how many), and what they are made of."""
+    """What to draw from, as the library takes it; a part is (softmax, unigram, uniform, how many)."""
 
     parts: list[tuple[float, float, float, int]]
     beta: float  # the softmax part is e^(beta z) * factor
@@ -555,6 +555,62 @@ def linear_sample_negatives(
     return _sample_negatives(logits, weight.shape[0], logits_of, *options)
 
 
+# --- vocabulary BCE -------------------------------------------------------------------------------------------------
+
+
+def linear_vocab_bce(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    targets: Tensor,
+    exclude_ids: Tensor | None,
+    row_weights: Tensor,
+    pos_weight: float,
+    grad_hidden: bool,
+    grad_weight: bool,
+) -> tuple[Tensor, ...]:
+    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    n, none = len(hidden), hidden.new_empty(0)
+    per_row = {"scale": scale, "shift": shift, "targets": targets, "exclude_ids": exclude_ids, "weights": row_weights}
+    for name, tensor in per_row.items():
+        if tensor is not None and len(tensor) != n:
+            raise ValueError(f"{name}: expected {n} rows as hidden, got {len(tensor)}")
+    row_scale, row_shift = (None if term is None else term.float().contiguous() for term in (scale, shift))
+    ids, excluded = targets.contiguous(), None if exclude_ids is None else exclude_ids.contiguous()
+    row_weights = row_weights.float().contiguous()
+    total, losses = torch.empty(()), torch.empty(n)
+    grads = [
+        torch.empty(hidden.shape, dtype=hidden.dtype) if grad_hidden else none,
+        torch.empty(weight.shape, dtype=weight.dtype) if grad_weight else none.clone(),
+        none.clone() if bias is None else torch.empty_like(bias),
+        none.clone() if row_scale is None else torch.empty_like(row_scale),
+        none.clone() if row_shift is None else torch.empty_like(row_shift),
+    ]
+    wanted = (grad_hidden, grad_weight, bias is not None, scale is not None, shift is not None)
+    pointers = [grad.data_ptr() if want else 0 for grad, want in zip(grads, wanted, strict=True)]
+    _C.vocab_bce(
+        _linear(hidden, weight, bias, row_scale=row_scale, row_shift=row_shift),
+        targets=ids.data_ptr(),
+        exclude_ids=_pointer(excluded),
+        n_exclude=0 if excluded is None else excluded.shape[1],
+        row_weights=row_weights.data_ptr(),
+        pos_weight=pos_weight,
+        total=total.data_ptr(),
+        losses=losses.data_ptr(),
+        grad_hidden=pointers[0],
+        grad_weight=pointers[1],
+        grad_bias=pointers[2],
+        grad_scale=pointers[3],
+        grad_shift=pointers[4],
+        threads=torch.get_num_threads(),
+    )
+    like = (hidden, weight, bias, scale, shift)
+    grads = [grad if x is None else grad.to(x.dtype) for grad, x in zip(grads, like, strict=True)]
+    return total, losses, *grads
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear_token_logits": linear_token_logits,
     "token_logits_grad_hidden": token_logits_grad_hidden,
@@ -566,6 +622,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear_sigmoid_stats": linear_sigmoid_stats,
     "sample_negatives": sample_negatives,
     "linear_sample_negatives": linear_sample_negatives,
+    "linear_vocab_bce": linear_vocab_bce,
     "inverse_softmax": inverse_softmax,
     "temperature_nll": temperature_nll,
     "linear_temperature_nll": linear_temperature_nll,

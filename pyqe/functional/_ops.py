@@ -285,6 +285,15 @@ def _vocab_bce_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.set_materialize_grads(False)
 
 
+def _is_one(factor: Tensor) -> bool:
+    """Whether a factor is known to be 1, as it is in ``loss.backward()``: the product would be a second [V, D] buffer.
+
+    On a GPU looking would wait for the device; what is traced or transformed has no value to look at.
+    """
+    traced = torch.compiler.is_compiling() or type(factor) is not Tensor or torch._C._are_functorch_transforms_active()
+    return not traced and factor.device.type == "cpu" and factor.item() == 1
+
+
 def _vocab_bce_backward(
     ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
@@ -295,8 +304,10 @@ def _vocab_bce_backward(
         weights = grad_losses if grad_total is None else grad_losses + grad_total * inputs[7]
         detached = (tensor if tensor is None else tensor.detach() for tensor in inputs[:7])
         grads = torch.ops.pyqe.linear_vocab_bce(*detached, weights, ctx.pos_weight, needed[0], needed[1])[2:]
-    elif grad_total is not None:
+    elif grad_total is not None and not _is_one(grad_total):
         grads = tuple(grad * grad_total.to(grad.dtype) for grad in grads)
+    elif grad_total is not None:
+        grads = tuple(grads)
     else:
         needed = [False] * 5
     return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * 6)
