@@ -626,6 +626,7 @@ def test_inputs_are_never_changed(backend: str) -> None:
         "linear_token_logits": lambda: F.linear_token_logits(hidden, weight, targets, bias),
         "linear_softmax_stats": lambda: F.linear_softmax_stats(hidden, weight, bias, token_ids=targets, entropy=True),
         "linear_sigmoid_stats": lambda: F.linear_sigmoid_stats(hidden, weight, bias, scale=2.0, shift=1.0),
+        "linear_temperature_nll": lambda: F.linear_temperature_nll(hidden, weight, targets, 0.5, bias),
         "linear_sample_negatives": lambda: F.linear_sample_negatives(hidden, weight, targets, sampler),
         "linear_vocab_bce": lambda: F.linear_vocab_bce(hidden, weight, targets, bias=bias),
     }.items():
