@@ -225,6 +225,9 @@ def joint_stats(
     linear_logits.
     """
 
+def linear_temperature_nll(logits: Logits, *, labels: int, beta: float, threads: int) -> tuple[float, float, float]:
+    """As temperature_nll with labels [n], of a head's logits; labels are checked before anything."""
+
 def copy_logits(logits: Logits, to: int, *, threads: int) -> None:
     """to [n, vocab] (fp32) = the logits themselves."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import pyqe
 from pyqe import functional as F
 from pyqe.backends import available_backends, select
+from pyqe.backends.reference import compute_dtype
 from pyqe.dominant import DominantRule
 from pyqe.negatives import NegativeSampler
 
@@ -530,6 +531,15 @@ def test_inverse_softmax_of_bad_rows(backend: str) -> None:
     assert F.inverse_softmax(probs).isnan().all(1).tolist() == [False, True, True, False]
 
 
+def nll_definition(logits: Tensor, labels: Tensor, beta: float) -> tuple[Tensor, ...]:
+    """Mean NLL of softmax(beta * logits) and its derivatives in beta, by automatic differentiation."""
+    inverse = torch.tensor(beta, dtype=torch.float64, requires_grad=True)
+    nll = torch.nn.functional.cross_entropy(inverse * logits.double(), labels)
+    (first,) = torch.autograd.grad(nll, inverse, create_graph=True)
+    (second,) = torch.autograd.grad(first, inverse)
+    return nll.detach(), first.detach(), second.detach()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (65, 7), (33, 64), (3, 1031)], ids=str)
@@ -538,16 +548,13 @@ def test_temperature_nll(backend: str, shape: tuple[int, int], dtype: torch.dtyp
     logits = (3 * torch.randn(shape[0], 2 * shape[1])).to(dtype)[:, : shape[1]]
     needs("temperature_nll", logits)
     labels = torch.rand(shape).softmax(1) if soft else torch.randint(0, shape[1], shape[:1])
-    inverse = torch.tensor(beta, dtype=torch.float64, requires_grad=True)
-    expected = torch.nn.functional.cross_entropy(inverse * logits.double(), labels.double() if soft else labels)
-    (first,) = torch.autograd.grad(expected, inverse, create_graph=True)
-    (second,) = torch.autograd.grad(first, inverse)
+    expected = nll_definition(logits, labels.double() if soft else labels, beta)
     result = F.temperature_nll(logits, labels, beta)
     # soft labels in float32 sum to 1 within 1e-7, which is all that the largest logit's cancelling needs
     tolerance = 1e-6 if dtype == torch.float64 and soft else TOLERANCE[dtype]
-    for got, want in ((result.nll, expected), (result.first, first), (result.second, second)):
+    for got, want in zip((result.nll, result.first, result.second), expected, strict=True):
         assert got.dtype == torch.float64
-        torch.testing.assert_close(got, want.detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -585,6 +592,76 @@ def test_temperature_nll_of_bad_labels(backend: str) -> None:
     assert F.temperature_nll(logits, labels).nll.isnan()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[1:], (3, 8, 5000)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("beta", [0.3, 1.0, 4.0, 0.0, -1.5])
+def test_linear_temperature_nll(
+    backend: str, shape: tuple[int, int, int], dtype: torch.dtype, softcap: float | None, beta: float
+) -> None:
+    hidden, weight, bias = head(*shape, dtype)
+    needs("linear_temperature_nll", hidden)
+    labels = torch.randint(0, shape[2], shape[:1])
+    logits = 0.5 * (hidden.double() @ weight.double().T + bias.double())
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    result = F.linear_temperature_nll(hidden, weight, labels, beta, bias, logit_scale=0.5, logit_softcap=softcap)
+    for got, want in zip((result.nll, result.first, result.second), nll_definition(logits, labels, beta), strict=True):
+        close(got.to(compute_dtype(hidden)), want, dtype, 10)
+    with pyqe.use_backend("reference"):
+        plain = F.temperature_nll(logits, labels, beta)
+    close(result.nll.to(compute_dtype(hidden)), plain.nll, dtype, 10)
+
+
+def test_linear_temperature_nll_of_large_logits(backend: str) -> None:
+    hidden, weight, bias = head(20, 16, 3000, torch.float32)
+    needs("linear_temperature_nll", hidden)
+    labels = torch.randint(0, 1000, (20,))
+    bias[1000:2000], bias[2000:] = -torch.inf, torch.finfo(torch.float32).min  # two ways to mask
+    for beta in (1e-3, 1.0, 50.0):
+        result = F.linear_temperature_nll(100 * hidden, weight, labels, beta, bias)
+        logits = 100 * hidden.double() @ weight[:1000].double().T + bias[:1000].double()
+        expected = nll_definition(logits, labels, beta)
+        for got, want in zip((result.nll, result.first, result.second), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_temperature_nll_of_bad_rows_and_labels(backend: str) -> None:
+    hidden, weight, bias = head(70, 8, 1100, torch.float32)
+    needs("linear_temperature_nll", hidden)
+    labels = torch.arange(70)
+    assert F.linear_temperature_nll(hidden[:0], weight, labels[:0]).nll.isnan()
+    for bad in (torch.nan, torch.inf):
+        spoilt = bias.clone()
+        spoilt[1050] = bad
+        result = F.linear_temperature_nll(hidden, weight, labels, 0.5, spoilt)
+        assert result.nll.isnan()
+        assert result.first.isnan()
+        assert result.second.isnan()
+    assert F.linear_temperature_nll(hidden, weight, labels, 0.5, torch.full_like(bias, -torch.inf)).nll.isnan()
+    bias[33] = -torch.inf  # the label of row 33, which has probability 0
+    assert F.linear_temperature_nll(hidden, weight, labels, 0.5, bias).nll == torch.inf
+    for wrong in (1100, -2, -100, 2**40):
+        labels[33] = wrong
+        with pytest.raises(IndexError, match=rf"labels\[33\].* \[0, 1100\), got {wrong}"):
+            F.linear_temperature_nll(hidden, weight, labels)
+    labels[33] = -1
+    assert F.linear_temperature_nll(hidden, weight, labels).nll.isnan()
+
+
+def test_linear_temperature_nll_same_bits_for_any_thread_count(backend: str) -> None:
+    hidden, weight, _ = head(1100, 32, 3000, torch.bfloat16)  # more rows than are scanned at a time
+    needs("linear_temperature_nll", hidden)
+    labels = torch.randint(0, 3000, (1100,))
+    expected = F.linear_temperature_nll(hidden, weight, labels, 0.7)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert F.linear_temperature_nll(hidden, weight, labels, 0.7) == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_inputs_are_never_changed(backend: str) -> None:
     hidden, weight, bias = head(5, 4, 11, torch.float32)
     targets = torch.randint(0, 11, (5,))
@@ -594,6 +671,7 @@ def test_inputs_are_never_changed(backend: str) -> None:
         "linear_token_logits": lambda: F.linear_token_logits(hidden, weight, targets, bias),
         "linear_softmax_stats": lambda: F.linear_softmax_stats(hidden, weight, bias, token_ids=targets, entropy=True),
         "linear_sigmoid_stats": lambda: F.linear_sigmoid_stats(hidden, weight, bias, scale=2.0, shift=1.0),
+        "linear_temperature_nll": lambda: F.linear_temperature_nll(hidden, weight, targets, 0.5, bias),
         "linear_sample_negatives": lambda: F.linear_sample_negatives(hidden, weight, targets, sampler),
         "linear_vocab_bce": lambda: F.linear_vocab_bce(hidden, weight, targets, bias=bias),
     }.items():
@@ -643,6 +721,7 @@ def operator_samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any,
         "linear_vocab_bce": (hidden, weight, bias, row, row, targets, ids, row, 2.0, True, True),
         "inverse_softmax": (torch.rand(5, 4, dtype=dtype), 1e-9, "mean"),
         "temperature_nll": (logits, targets, torch.tensor(0.5, dtype=torch.float64)),
+        "linear_temperature_nll": (hidden, weight, bias, 1.0, 30.0, targets, torch.tensor(0.5, dtype=torch.float64)),
     }
 
 

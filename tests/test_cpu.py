@@ -80,8 +80,13 @@ def inverse_softmax(hidden: Tensor, weight: Tensor, ids: Tensor) -> list[Tensor]
     return [F.inverse_softmax(hidden.float().abs(), center="mean")]
 
 
+def temperature(hidden: Tensor, weight: Tensor, ids: Tensor) -> list[Tensor]:
+    result = F.linear_temperature_nll(hidden, weight, ids[:, 0], 0.7)
+    return [result.nll, result.first, result.second]
+
+
 Operation = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
-OPERATIONS: list[Operation] = [softmax_stats, sigmoid_stats, token_logits, negatives, inverse_softmax]
+OPERATIONS: list[Operation] = [softmax_stats, sigmoid_stats, token_logits, negatives, inverse_softmax, temperature]
 
 
 def as_bytes(results: list[Tensor]) -> list[bytes]:

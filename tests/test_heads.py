@@ -173,6 +173,10 @@ def test_linear_terms_are_the_logits_of_forward(kind: str, options: dict[str, An
     torch.testing.assert_close(stats.token_logit, expected[..., 4], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(stats.sum_prob, expected.sigmoid().sum(-1), rtol=1e-4, atol=1e-4)
     assert torch.equal(stats.argmax, expected.argmax(-1))
+    softmax, joint = head.joint_stats(hidden, lm_head, token_ids=ids[..., 4], threshold=0.5, entropy=True)
+    torch.testing.assert_close(softmax.logsumexp, logsumexp)
+    for name in ("token_logit", "sum_prob", "max_logit"):
+        torch.testing.assert_close(getattr(joint, name), getattr(stats, name), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", KINDS, ids=_name)

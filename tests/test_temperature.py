@@ -150,6 +150,66 @@ def test_nll_is_convex_and_its_derivatives_fit_it(seed: int, classes: int, beta:
     assert float(above.first - below.first) == pytest.approx(2 * step * float(here.second), rel=1e-2, abs=1e-5)
 
 
+# --- from hidden states
+
+
+def head(n: int, d: int, v: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(n, d), torch.randn(v, d), torch.randn(v)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", [None, 6.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.3, 4.0])
+def test_linear_fit_is_the_fit_of_the_logits(backend: str, softcap: float | None, temperature: float) -> None:
+    hidden, weight, bias = head(900, 6, 1500)
+    logits = 0.7 * (hidden.double() @ weight.double().T + bias.double())
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    labels = labels_at(logits, temperature)
+    expected = F.fit_temperature(logits, labels)
+    with pyqe.use_backend(backend):
+        fit = F.linear_fit_temperature(
+            hidden.reshape(30, 30, 6),
+            weight,
+            labels.reshape(30, 30),
+            bias,
+            logit_scale=0.7,
+            logit_softcap=softcap,
+        )
+    assert fit.converged
+    assert fit.temperature == pytest.approx(expected.temperature, rel=1e-6)
+    assert fit.nll == pytest.approx(expected.nll, rel=1e-6)
+    assert fit.nll_before == pytest.approx(expected.nll_before, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature", [0.5, 2.5])
+def test_linear_fit_recovers_the_temperature_of_the_data(dtype: torch.dtype, temperature: float) -> None:
+    hidden, weight = (tensor.to(dtype) for tensor in head(5000, 8, 1100)[:2])
+    labels = labels_at(hidden.double() @ weight.double().T, temperature)
+    fit = F.linear_fit_temperature(hidden, weight, labels)
+    assert fit.temperature == pytest.approx(temperature, rel=0.03)
+
+
+def test_linear_fit_counts_bad_rows() -> None:
+    hidden, weight, bias = head(100, 4, 50)
+    labels = torch.arange(100) % 49
+    hidden[17], labels[60], bias[30] = torch.nan, -1, -torch.inf  # rows 30 and 79 have the label 30
+    with pytest.raises(ValueError, match=r"hidden, labels: .* got 4 of 100 rows .* first is row 17"):
+        F.linear_fit_temperature(hidden, weight, labels, bias)
+
+
+def test_linear_fit_of_bad_arguments() -> None:
+    hidden, weight, _ = head(3, 4, 5)
+    labels = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="hidden: expected one row or more, got shape"):
+        F.linear_fit_temperature(hidden[:0], weight, labels[:0])
+    for bad in (labels[:2], labels.int(), torch.full((3, 5), 0.2)):
+        with pytest.raises(ValueError, match=r"labels: expected int64 \[3\], got"):
+            F.linear_fit_temperature(hidden, weight, bad)
+    with pytest.raises(IndexError, match=r"labels\[1\].*got 5"):
+        F.linear_fit_temperature(hidden, weight, torch.tensor([0, 5, 0]))
+
+
 # --- no optimum
 
 

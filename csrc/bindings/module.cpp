@@ -156,6 +156,13 @@ cpu::SoftmaxStats softmax_request(const cpu::Logits& logits, const DominantRule&
   return args;
 }
 
+std::tuple<double, double, double> linear_temperature_nll(const cpu::Logits& logits, Address labels,
+                                                          double beta, int threads) {
+  const cpu::LinearTemperatureNll args = {logits, pointer<const std::int64_t>(labels), beta};
+  const cpu::TemperatureDerivatives result = cpu::linear_temperature_nll(args, threads);
+  return {result.nll, result.first, result.second};
+}
+
 cpu::SigmoidStats sigmoid_request(const cpu::Logits& logits, Address token_ids, Address token_logits,
                                   std::int64_t n_tokens, Address max_logit, Address argmax, Address sum_prob,
                                   Address count_above, double threshold, Address topk_logits,
@@ -308,6 +315,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("joint_stats", joint_stats, WithoutGil(), arg("softmax"), arg("sigmoid"), py::kw_only(),
              arg("scale"), arg("shift"), arg("bias"), arg("projected"), arg("factors"), arg("rank"),
              arg("threads"));
+  module.def("linear_temperature_nll", linear_temperature_nll, WithoutGil(), arg("logits"), py::kw_only(),
+             arg("labels"), arg("beta"), arg("threads"));
   module.def("copy_logits", copy_logits, WithoutGil(), arg("logits"), arg("to"), py::kw_only(),
              arg("threads"));
   module.def("sample_negatives", sample_negatives, arg("logits"), arg("exclude"), arg("sources"),

@@ -36,6 +36,27 @@ struct SoftmaxPartial {
   double sum, weighted, tempered;
 };
 
+// With d = z - max: sum = sum e^(beta d), weighted = sum d e^(beta d), squared = sum d^2 e^(beta d).
+struct MomentsPartial {
+  float max;
+  double sum, weighted, squared;
+};
+
+// Makes `largest`, at least as large as the maximum, the number that the sums are relative to. Internal
+// linkage, as this header is compiled into files with different instruction sets.
+//
+// With d' = d + shift: e^(beta d') = f e^(beta d) for f = e^(beta shift), and d'^2 = d^2 + 2 shift d +
+// shift^2.
+static inline void rebase(MomentsPartial& partial, float largest, double beta) {
+  if (partial.max != -__builtin_inff()) {
+    const double shift = static_cast<double>(partial.max) - largest, factor = __builtin_exp(beta * shift);
+    partial.squared = factor * (partial.squared + shift * (2 * partial.weighted + shift * partial.sum));
+    partial.weighted = factor * (partial.weighted + shift * partial.sum);
+    partial.sum *= factor;
+  }
+  partial.max = largest;
+}
+
 struct SigmoidPartial {
   float max;
   std::int64_t argmax, above;
@@ -82,6 +103,8 @@ struct Scan {
   bool softmax, entropy, sigmoid;
   float inverse_temperature;  // 0: no sum at a second temperature
   float threshold;            // a logit; NaN: no count
+  bool moments;
+  float moments_beta;  // > 0
 
   const std::int64_t* token_ids;  // [n, n_tokens]; -1 is none
   std::int64_t n_tokens;
@@ -94,6 +117,7 @@ struct Scan {
   std::int64_t first_row, rows, segments;
   SoftmaxPartial* softmax_partials;             // [rows, segments]
   SigmoidPartial* sigmoid_partials;             // [rows, segments]
+  MomentsPartial* moments_partials;             // [rows, segments]
   Candidates* lists;                            // [threads, rows]
   TileSum* tile_sums;                           // [rows, tiles]
   float tile_beta;                              // 1 / T of tile_sums

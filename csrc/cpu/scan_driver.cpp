@@ -169,6 +169,20 @@ SigmoidPartial merged_sigmoid(const Scan& scan, std::int64_t row) {
   return total;
 }
 
+MomentsPartial merged_moments(const Scan& scan, std::int64_t row) {
+  const MomentsPartial* parts = scan.moments_partials + row * scan.segments;
+  MomentsPartial total = {-kInfinity, 0, 0, 0};
+  for (std::int64_t s = 0; s < scan.segments; ++s) total.max = std::max(total.max, parts[s].max);
+  for (std::int64_t s = 0; s < scan.segments; ++s) {
+    MomentsPartial part = parts[s];
+    rebase(part, total.max, scan.moments_beta);
+    total.sum += part.sum;
+    total.weighted += part.weighted;
+    total.squared += part.squared;
+  }
+  return total;
+}
+
 std::int64_t dominant_size(const DominantRule& rule, std::int64_t members, std::int64_t vocab,
                            const std::vector<Candidate>& found, float dropped, const SoftmaxPartial& total,
                            double entropy) {
@@ -201,7 +215,9 @@ class GroupMemory {
     scan.segments = segments_of(scan.logits.vocab);
     softmax_.resize(static_cast<std::size_t>(scan.softmax ? rows * scan.segments : 0));
     sigmoid_.resize(static_cast<std::size_t>(scan.sigmoid ? rows * scan.segments : 0));
+    moments_.resize(static_cast<std::size_t>(scan.moments ? rows * scan.segments : 0));
     scan.softmax_partials = softmax_.data();
+    scan.moments_partials = moments_.data();
     scan.sigmoid_partials = sigmoid_.data();
     attach(scan, part.keeper);
   }
@@ -215,6 +231,7 @@ class GroupMemory {
   ScanPart& part_;
   std::vector<SoftmaxPartial> softmax_;
   std::vector<SigmoidPartial> sigmoid_;
+  std::vector<MomentsPartial> moments_;
 };
 
 void run_scan(ScanPart part, int threads, const std::function<void(const Scan&)>& finish, ScanPart* second) {

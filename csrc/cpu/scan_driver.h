@@ -78,6 +78,7 @@ std::int64_t group_rows(const Logits& logits);
 // The partial results of a row of the group, merged.
 SoftmaxPartial merged_softmax(const Scan& scan, std::int64_t row);
 SigmoidPartial merged_sigmoid(const Scan& scan, std::int64_t row);
+MomentsPartial merged_moments(const Scan& scan, std::int64_t row);
 
 inline double probability(float logit, const SoftmaxPartial& total) {
   return std::exp(static_cast<double>(logit) - total.max) / total.sum;

@@ -121,6 +121,26 @@ void add_softmax(const Scan& scan, const float* z, std::int64_t count, Ahead ahe
 }
 
 template <class Isa>
+void add_moments(const Scan& scan, const float* z, std::int64_t count, float largest,
+                 MomentsPartial& partial) {
+  using F32 = typename Isa::F32;
+  if (largest > partial.max) rebase(partial, largest, scan.moments_beta);
+  const F32 base = broadcast<Isa>(partial.max == -kInfinity ? 0.0f : partial.max);
+  const F32 beta = broadcast<Isa>(scan.moments_beta), lowest = broadcast<Isa>(-__FLT_MAX__);
+  F32 sum = {}, weighted = {}, squared = {};
+  for_each_vector<Isa>(z, count, [&](F32 v) {
+    const F32 shifted = v - base, power = exp<Isa>(shifted * beta);
+    const F32 finite = Isa::max(lowest, shifted), term = finite * power;  // -infinity * 0 is NaN
+    sum += power;
+    weighted += term;
+    squared = Isa::fma(finite, term, squared);
+  });
+  partial.sum += static_cast<double>(Isa::sum(sum));
+  partial.weighted += static_cast<double>(Isa::sum(weighted));
+  partial.squared += static_cast<double>(Isa::sum(squared));
+}
+
+template <class Isa>
 void add_sigmoid(const Scan& scan, const float* z, std::int64_t count, Ahead ahead, std::int64_t first_id,
                  float largest, SigmoidPartial& partial) {
   using F32 = typename Isa::F32;
@@ -207,10 +227,11 @@ template <class Isa>
 void consume(const Scan& scan, const float* z, std::int64_t count, Ahead ahead, std::int64_t first_id,
              std::int64_t row, int thread) {
   const std::int64_t place = row * scan.segments + first_id / kSegment;
-  const bool statistics = scan.softmax || scan.sigmoid || scan.candidates;
+  const bool statistics = scan.softmax || scan.sigmoid || scan.candidates || scan.moments;
   const float largest = statistics ? largest_of<Isa>(z, count) : 0;
   if (scan.softmax) add_softmax<Isa>(scan, z, count, ahead, first_id, largest, scan.softmax_partials[place]);
   if (scan.sigmoid) add_sigmoid<Isa>(scan, z, count, ahead, first_id, largest, scan.sigmoid_partials[place]);
+  if (scan.moments) add_moments<Isa>(scan, z, count, largest, scan.moments_partials[place]);
   if (scan.candidates) {
     Candidates& list = scan.lists[thread * scan.rows + row];
     if (scan.softmax && largest > list.floor) {
@@ -242,6 +263,7 @@ inline void start_segment(const Scan& scan, std::int64_t row, std::int64_t segme
   const std::int64_t place = row * scan.segments + segment;
   if (scan.softmax) scan.softmax_partials[place] = {-kInfinity, -1, 0, 0, 0};
   if (scan.sigmoid) scan.sigmoid_partials[place] = {-kInfinity, -1, 0, 0};
+  if (scan.moments) scan.moments_partials[place] = {-kInfinity, 0, 0, 0};
 }
 
 // The list of the thread learns what the segment adds to the softmax of the row.

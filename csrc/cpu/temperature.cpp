@@ -1,10 +1,14 @@
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "core/error.h"
 #include "cpu/dispatch.h"
 #include "cpu/operations.h"
 #include "cpu/parallel.h"
+#include "cpu/scan_driver.h"
+#include "cpu/statistics.h"
 
 namespace pyqe::cpu {
 namespace {
@@ -16,14 +20,29 @@ std::int64_t block_rows(std::int64_t classes) {
   return rows < kMultiple ? (rows < 1 ? 1 : rows) : rows / kMultiple * kMultiple;
 }
 
-void require_labels(const TemperatureNll& args) {
-  for (std::int64_t n = 0; n < args.n; ++n) {
-    if (args.labels[n] < -1 || args.labels[n] >= args.classes) {
+void require_labels(const std::int64_t* labels, std::int64_t count, std::int64_t classes) {
+  for (std::int64_t n = 0; n < count; ++n) {
+    if (labels[n] < -1 || labels[n] >= classes) {
       throw std::out_of_range("labels[" + std::to_string(n) +
-                              "]: expected -1 (padding) or a token id in [0, " +
-                              std::to_string(args.classes) + "), got " + std::to_string(args.labels[n]));
+                              "]: expected -1 (padding) or a token id in [0, " + std::to_string(classes) +
+                              "), got " + std::to_string(labels[n]));
     }
   }
+}
+
+TemperatureSums sums_of(const MomentsPartial& total, double label_logit) {
+  const double mean = total.weighted / total.sum;
+  return {std::log(total.sum), mean, label_logit - total.max, total.squared / total.sum - mean * mean};
+}
+
+// Derivatives in beta, the sums being those of |beta| and the logits times its sign.
+TemperatureDerivatives mean_of(const TemperatureSums& total, double beta, std::int64_t n) {
+  const double sign = beta < 0 ? -1 : 1, count = static_cast<double>(n);
+  // A row with NaN has the mean NaN for sure, but not P: the exponential may turn a NaN's lower bits into a
+  // number.
+  const double log_partition = std::isnan(total.mean) ? total.mean : total.log_partition;
+  return {(log_partition - std::fabs(beta) * total.target) / count,
+          sign * (total.mean - total.target) / count, total.variance / count};
 }
 
 }  // namespace
@@ -48,13 +67,34 @@ TemperatureDerivatives temperature_nll(const TemperatureNll& args, int threads) 
   TemperatureSums total = {};
   for (const TemperatureSums& sums : partial) accumulate(total, sums);
   // The kernels take a label that does not exist for NaN, so labels need looking at only where there is one.
-  if (args.labels && std::isnan(total.target)) require_labels(args);
-  const double sign = args.beta < 0 ? -1 : 1, count = static_cast<double>(args.n);
-  // A row with NaN has the mean NaN for sure, but not P: the exponential may turn a NaN's lower bits into a
-  // number.
-  const double log_partition = std::isnan(total.mean) ? total.mean : total.log_partition;
-  return {(log_partition - std::fabs(args.beta) * total.target) / count,
-          sign * (total.mean - total.target) / count, total.variance / count};
+  if (args.labels && std::isnan(total.target)) require_labels(args.labels, args.n, args.classes);
+  return mean_of(total, args.beta, args.n);
+}
+
+TemperatureDerivatives linear_temperature_nll(const LinearTemperatureNll& args, int threads) {
+  check_logits(args.logits, threads);
+  require_labels(args.labels, args.logits.n, args.logits.vocab);
+  const std::size_t rows = static_cast<std::size_t>(args.logits.n);
+  std::vector<float> label_logits(rows, std::numeric_limits<float>::quiet_NaN());
+  std::vector<TemperatureSums> sums(rows);
+  Scan scan = {};
+  scan.logits = args.logits;
+  if (args.beta < 0) scan.logits.scale *= -1, scan.logits.bias_scale *= -1;  // a softcap is odd
+  scan.token_ids = args.labels;
+  scan.n_tokens = 1;
+  scan.token_logits = label_logits.data();
+  scan.moments = true;
+  // For 0 the smallest number, which makes all tokens but those of logit -infinity alike.
+  scan.moments_beta = std::max(static_cast<float>(std::fabs(args.beta)), std::numeric_limits<float>::min());
+  run_scan({scan, nullptr}, threads, [&](const Scan& group) {
+    for_each_row(group, threads, [&](std::int64_t row) {
+      const std::size_t n = static_cast<std::size_t>(group.first_row + row);
+      sums[n] = sums_of(merged_moments(group, row), label_logits[n]);
+    });
+  });
+  TemperatureSums total = {};
+  for (const TemperatureSums& terms : sums) accumulate(total, terms);
+  return mean_of(total, args.beta, args.logits.n);
 }
 
 }  // namespace pyqe::cpu

@@ -186,7 +186,7 @@ def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tenso
     logits = _rows(logits)
     hard = labels.dim() == 1
     labels = labels.contiguous() if hard else _rows(labels.float())
-    nll, first, second = _C.temperature_nll(
+    derivatives = _C.temperature_nll(
         logits.data_ptr(),
         labels.data_ptr() if hard else 0,
         0 if hard else labels.data_ptr(),
@@ -198,11 +198,12 @@ def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tenso
         dtype=_DTYPE_CODES[logits.dtype],
         threads=torch.get_num_threads(),
     )
-    return (
-        torch.tensor(nll, dtype=torch.float64),
-        torch.tensor(first, dtype=torch.float64),
-        torch.tensor(second, dtype=torch.float64),
-    )
+    return _scalars(derivatives)
+
+
+def _scalars(numbers: tuple[float, float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (torch.tensor(number, dtype=torch.float64) for number in numbers)
+    return first, second, third
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------
@@ -399,6 +400,25 @@ def linear_softmax_stats(
     logits, logits_of = _lm_logits(hidden, weight, bias, logit_scale, logit_softcap)
     results = _softmax_stats(logits, len(hidden), weight.shape[0], *options)
     return _look_again(results, options[-1], logits_of)
+
+
+def linear_temperature_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    labels: Tensor,
+    beta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"labels: expected {len(hidden)} rows as hidden, got {list(labels.shape)}")
+    labels = labels.contiguous()
+    logits = _linear(hidden, weight, bias, scale=logit_scale, bias_scale=logit_scale, softcap=logit_softcap)
+    return _scalars(
+        _C.linear_temperature_nll(logits, labels=labels.data_ptr(), beta=float(beta), threads=torch.get_num_threads())
+    )
 
 
 def _threshold_logit(threshold: float) -> float:
@@ -671,4 +691,5 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear_vocab_bce": linear_vocab_bce,
     "inverse_softmax": inverse_softmax,
     "temperature_nll": temperature_nll,
+    "linear_temperature_nll": linear_temperature_nll,
 }

@@ -638,6 +638,22 @@ def inverse_softmax(probs: Tensor, eps: float, center: str) -> Tensor:
     return logits.masked_fill(~valid, torch.nan)
 
 
+def _temperature_rows(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's terms of :func:`temperature_nll`; labels are ids [n, 1] or probabilities [n, C]."""
+    z = logits.double()
+    z = z - z.amax(1, keepdim=True)
+    if labels.is_floating_point():
+        target = torch.where(labels == 0, 0.0, labels * z).sum(1)
+    else:
+        target = _gather(z, labels)[:, 0]
+    log_probs = F.log_softmax(beta * z, 1)
+    probs = log_probs.exp()
+    mean = torch.where(probs == 0, 0.0, probs * z).sum(1)
+    variance = torch.where(probs == 0, 0.0, probs * (z - mean[:, None]) ** 2).sum(1)
+    losses = torch.logsumexp(beta * z, 1) - beta * target
+    return losses, mean - target, variance
+
+
 def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""Mean NLL of ``softmax(beta * z)`` with first and second derivative in beta, float64.
 
@@ -645,17 +661,24 @@ def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tenso
     :math:`L' = \mathrm{mean}(E_\beta[z] - \langle y, z \rangle)`, :math:`L'' = \mathrm{mean}(\mathrm{Var}_\beta[z])`.
     Logits are taken relative to their row's maximum, which changes none of the three.
     """
-    z = logits.double()
-    z = z - z.amax(1, keepdim=True)
     if labels.dim() == 1:
         check_ids("labels", labels, logits.shape[1])
-        target = _gather(z, labels[:, None])[:, 0]
-    else:
-        target = torch.where(labels == 0, 0.0, labels * z).sum(1)
-    beta = beta.double()
-    log_probs = F.log_softmax(beta * z, 1)
-    probs = log_probs.exp()
-    mean = torch.where(probs == 0, 0.0, probs * z).sum(1)
-    variance = torch.where(probs == 0, 0.0, probs * (z - mean[:, None]) ** 2).sum(1)
-    losses = torch.logsumexp(beta * z, 1) - beta * target
-    return losses.mean(), (mean - target).mean(), variance.mean()
+        labels = labels[:, None]
+    losses, first, second = _temperature_rows(logits, labels, beta.double())
+    return losses.mean(), first.mean(), second.mean()
+
+
+def linear_temperature_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    labels: Tensor,
+    beta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a head's logits, with labels [N]."""
+    check_ids("labels", labels, weight.shape[0])
+    blocks = _logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
+    losses, first, second = _reduce_blocks(blocks, _temperature_rows, labels[:, None], beta.double())
+    return losses.mean(), first.mean(), second.mean()

@@ -23,8 +23,13 @@ from pyqe.functional.softmax import (
     linear_softmax_stats,
     softmax_stats,
 )
-from pyqe.functional.temperature import inverse_softmax, temperature_nll, temperature_scale
-from pyqe.functional.temperature_fit import fit_temperature
+from pyqe.functional.temperature import (
+    inverse_softmax,
+    linear_temperature_nll,
+    temperature_nll,
+    temperature_scale,
+)
+from pyqe.functional.temperature_fit import fit_temperature, linear_fit_temperature
 from pyqe.functional.token_logits import linear_token_logits
 
 __all__ = [
@@ -39,11 +44,13 @@ __all__ = [
     "inverse_softmax",
     "linear_boosted_prob",
     "linear_dominant_tokens",
+    "linear_fit_temperature",
     "linear_joint_stats",
     "linear_sample_negatives",
     "linear_sampled_bce",
     "linear_sigmoid_stats",
     "linear_softmax_stats",
+    "linear_temperature_nll",
     "linear_token_logits",
     "linear_vocab_bce",
     "order_preserving",

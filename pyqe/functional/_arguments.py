@@ -86,6 +86,13 @@ def rule_spec(rule: DominantRule | None) -> str:
     return "" if rule is None else str(rule)
 
 
+def row_labels(labels: Tensor, rows: torch.Size) -> Tensor:
+    """Labels of hidden states [..., D], as [N]."""
+    if labels.dtype == torch.int64 and labels.shape == rows:
+        return labels.reshape(-1)
+    raise ValueError(f"labels: expected int64 {list(rows)}, got {labels.dtype} {list(labels.shape)}")
+
+
 def class_labels(labels: Tensor, logits: Tensor) -> Tensor:
     """Labels of logits [..., C]: classes, as [N], or probabilities, as a matrix [N, C]."""
     if labels.dtype == torch.int64 and labels.shape == logits.shape[:-1]:

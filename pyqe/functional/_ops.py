@@ -204,6 +204,18 @@ def _fake_temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple
     return nll, first, second
 
 
+def _fake_linear_temperature_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    labels: Tensor,
+    beta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_temperature_nll(hidden, labels, beta)
+
+
 _define(
     "linear_token_logits",
     "Tensor hidden, Tensor weight, Tensor token_ids, Tensor? bias",
@@ -260,6 +272,7 @@ _define(
     lambda probs, eps, center: probs.new_empty(probs.shape, dtype=compute_dtype(probs)),
 )
 _define("temperature_nll", "Tensor logits, Tensor labels, Tensor beta", _returns(3), _fake_temperature_nll)
+_define("linear_temperature_nll", f"{_LM_HEAD}, Tensor labels, Tensor beta", _returns(3), _fake_linear_temperature_nll)
 
 
 # --- autograd rules -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyqe.functional._arguments import check_floats, class_labels, logit_matrix
+from pyqe.functional._arguments import check_floats, class_labels, head_matrix, logit_matrix, row_labels
 from pyqe.functional.results import TemperatureNLL
 
 
@@ -88,3 +88,38 @@ def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor | float = 1.0) 
     matrix = logit_matrix(logits)
     beta = torch.as_tensor(beta, dtype=torch.float64, device=logits.device)
     return TemperatureNLL(*torch.ops.pyqe.temperature_nll(matrix, class_labels(labels, logits), beta))
+
+
+def linear_temperature_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    beta: Tensor | float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> TemperatureNLL:
+    r"""The same for the logits z of a head, without keeping them; see :func:`temperature_nll`. Not differentiable.
+
+    Args:
+        hidden: [..., D].
+        weight: [V, D] of the LM's head.
+        labels: int64 [...]; -1 makes the NLL NaN.
+        beta: inverse temperature of the logits as the model has them, after ``logit_scale`` and ``logit_softcap``.
+        bias, logit_scale, logit_softcap: of the LM's head, as in :func:`linear_softmax_stats`.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device.
+        IndexError: a label outside [0, V) other than -1 (CPU).
+
+    Example:
+        >>> hidden, weight = torch.zeros(3, 2), torch.randn(5, 2)  # uniform over five tokens
+        >>> linear_temperature_nll(hidden, weight, torch.tensor([0, 4, 2]), 0.5).nll.exp()
+        tensor(5.0000, dtype=torch.float64)
+    """
+    matrix, labels = head_matrix(hidden, weight, bias), row_labels(labels, hidden.shape[:-1])
+    beta = torch.as_tensor(beta, dtype=torch.float64, device=hidden.device)
+    return TemperatureNLL(
+        *torch.ops.pyqe.linear_temperature_nll(matrix, weight, bias, logit_scale, logit_softcap, labels, beta)
+    )

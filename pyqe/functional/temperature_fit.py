@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pyqe.backends.reference import compute_dtype
-from pyqe.functional._arguments import class_labels, logit_matrix
+from pyqe.functional._arguments import class_labels, head_matrix, logit_matrix, row_labels
 from pyqe.functional.results import TemperatureFit
+from pyqe.functional.softmax import linear_softmax_stats
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 _TOLERANCE = 1e-5  # of a step in log T that is the last one: the error it leaves is about its square
@@ -94,6 +95,25 @@ def _infinite_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return bad | label_logits.isneginf() | (labels < 0) | (labels >= logits.shape[1])
 
 
+def _fit(
+    nll: Callable[[Tensor], tuple[Tensor, ...]], infinite_rows: Callable[[], Tensor], like: Tensor, names: str
+) -> TemperatureFit:
+    """The fit, given the NLL with its derivatives at an inverse temperature, float64 on the device of ``like``."""
+
+    def evaluate(beta: float) -> _Point:
+        return _Point(beta, *torch.stack(nll(torch.tensor(beta, dtype=torch.float64, device=like.device))).tolist())
+
+    start = evaluate(1.0)
+    if not math.isfinite(start.nll):
+        bad = infinite_rows()
+        raise ValueError(
+            f"{names}: expected rows with a finite NLL, got {int(bad.sum())} of {len(bad)} rows with a logit of "
+            f"NaN or +inf, or a label of -1 or of probability 0; the first is row {int(bad.int().argmax())}"
+        )
+    beta, least, converged = _minimise(evaluate, start)
+    return TemperatureFit(1 / beta, least, start.nll, converged)
+
+
 def fit_temperature(logits: Tensor, labels: Tensor) -> TemperatureFit:
     r"""The temperature T in [0.001, 1000] that minimises the mean NLL of :math:`\mathrm{softmax}(z / T)`.
 
@@ -121,17 +141,61 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> TemperatureFit:
     if labels.is_floating_point():
         labels = labels.to(compute_dtype(matrix))
         _check_distributions(labels)
+    return _fit(
+        lambda beta: torch.ops.pyqe.temperature_nll(matrix, labels, beta),
+        lambda: _infinite_rows(matrix, labels),
+        matrix,
+        "logits, labels",
+    )
 
-    def evaluate(beta: float) -> _Point:
-        inverse = torch.tensor(beta, dtype=torch.float64, device=matrix.device)
-        return _Point(beta, *torch.stack(torch.ops.pyqe.temperature_nll(matrix, labels, inverse)).tolist())
 
-    start = evaluate(1.0)
-    if not math.isfinite(start.nll):
-        bad = _infinite_rows(matrix, labels)
-        raise ValueError(
-            f"logits, labels: expected rows with a finite NLL, got {int(bad.sum())} of {len(bad)} rows with a logit of "
-            f"NaN or +inf, or a label of -1 or of probability 0; the first is row {int(bad.int().argmax())}"
+def linear_fit_temperature(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> TemperatureFit:
+    """The same for the logits of a head, without keeping them; see :func:`fit_temperature`.
+
+    Every evaluation of the NLL computes the logits anew. Where they fit into memory, keeping them and calling
+    :func:`fit_temperature` is faster.
+
+    Args:
+        hidden: [..., D].
+        weight: [V, D] of the LM's head.
+        labels: int64 [...].
+        bias, logit_scale, logit_softcap: of the LM's head, as in :func:`linear_softmax_stats`.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device, no rows, or rows whose NLL is not finite, as in
+            :func:`fit_temperature`.
+        IndexError: a label out of range (CPU).
+
+    Example:
+        >>> hidden, weight = torch.ones(4, 1), torch.tensor([[2.0], [0.0]])
+        >>> round(linear_fit_temperature(hidden, weight, torch.tensor([0, 0, 0, 1])).temperature, 4)
+        1.8205
+    """
+    rows = hidden.shape[:-1]
+    matrix, labels = head_matrix(hidden, weight, bias), row_labels(labels, rows)
+    if len(matrix) == 0:
+        raise ValueError(f"hidden: expected one row or more, got shape {tuple(hidden.shape)}")
+
+    def infinite_rows() -> Tensor:
+        stats = linear_softmax_stats(
+            matrix, weight, bias, token_ids=labels, logit_scale=logit_scale, logit_softcap=logit_softcap
         )
-    beta, nll, converged = _minimise(evaluate, start)
-    return TemperatureFit(1 / beta, nll, start.nll, converged)
+        assert stats.token_logit is not None
+        return ~stats.token_logit.isfinite()
+
+    return _fit(
+        lambda beta: torch.ops.pyqe.linear_temperature_nll(
+            matrix, weight, bias, logit_scale, logit_softcap, labels, beta
+        ),
+        infinite_rows,
+        matrix,
+        "hidden, labels",
+    )

@@ -19,7 +19,7 @@ _TRL_CHUNK = 32768  # as its trainers call it
 def cases(settings: Settings) -> list[Callable[[], Case]]:
     shapes = settings.shapes(models=("Llama-3.2-1B",), n=(1, 8, 512))
     return [
-        partial(case, shape) for shape in shapes for case in (softmax_stats, sigmoid_stats, both_heads, token_logits)
+        partial(case, shape) for shape in shapes for case in (softmax_stats, sigmoid_stats, both_heads, low_rank_head, token_logits)
     ]
 
 
@@ -152,6 +152,47 @@ def both_heads(shape: Shape) -> Case:
         *_reads(shape, heads=2),
     ]
     return _case(shape, "both heads", "softmax stats of one weight, sigmoid stats of another", rivals, heads=2)
+
+
+_RANK = 32
+
+
+def low_rank_head(shape: Shape) -> Case:
+    """The LM's head and a low-rank head on top of its logits: in one pass, and as people write it."""
+
+    def fused(hidden: Tensor, lm: Tensor, projection: Tensor, factors: Tensor, ids: Tensor) -> Outcome:
+        softmax, sigmoid = F.linear_joint_stats(
+            hidden, lm, projected=hidden.float() @ projection, factors=factors, token_ids=ids, entropy=True
+        )
+        return {"max_logprob": softmax.max_logprob, "entropy": softmax.entropy, "sum_prob": sigmoid.sum_prob}
+
+    def one(hidden: Tensor, lm: Tensor, projection: Tensor, factors: Tensor, ids: Tensor) -> Outcome:
+        return fused_softmax(hidden, lm, ids)
+
+    def eager(hidden: Tensor, lm: Tensor, projection: Tensor, factors: Tensor, ids: Tensor) -> Outcome:
+        logits = (hidden @ lm.T).float()
+        logprobs = torch.log_softmax(logits, -1)
+        quality = logits + hidden.float() @ projection @ factors.T
+        return {
+            "max_logprob": logprobs.max(-1).values,
+            "entropy": -(logprobs.exp() * logprobs).sum(-1),
+            "sum_prob": torch.sigmoid(quality).sum(-1),
+        }
+
+    def inputs() -> tuple[Tensor, ...]:
+        projection, factors = torch.randn(shape.d, _RANK) / shape.d**0.5, torch.randn(shape.v, _RANK) / _RANK**0.5
+        return shape.hidden(), shape.weight(), projection, factors, shape.ids()
+
+    rivals = [
+        Rival("pyqe", fused),
+        Rival("pyqe, one head", one, "softmax stats only"),
+        Rival("eager", eager),
+        Rival("torch.compile", compiled(eager)),
+    ]
+    description = f"softmax stats, and sigmoid stats of a head of rank {_RANK} on the logits"
+    return Case(
+        "head", "low-rank head", shape.facts(), inputs, rivals, shape.head_work(), shape.logit_bytes, description
+    )
 
 
 def token_logits(shape: Shape) -> Case:
