@@ -18,9 +18,8 @@ _TRL_CHUNK = 32768  # as its trainers call it
 
 def cases(settings: Settings) -> list[Callable[[], Case]]:
     shapes = settings.shapes(models=("Llama-3.2-1B",), n=(1, 8, 512))
-    return [
-        partial(case, shape) for shape in shapes for case in (softmax_stats, sigmoid_stats, both_heads, low_rank_head, token_logits)
-    ]
+    kinds = (softmax_stats, sigmoid_stats, both_heads, low_rank_head, token_logits)
+    return [partial(case, shape) for shape in shapes for case in kinds]
 
 
 # --- as one writes it in torch
