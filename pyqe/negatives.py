@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -70,8 +71,8 @@ class NegativeSampler:
             raise ValueError(f"combination: expected one of {get_args(Combination)}, got {self.combination!r}")
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives: expected a positive integer, got {self.num_negatives}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: expected a positive, finite number, got {self.temperature}")
         self._check_per_source("counts", "independent", total=self.num_negatives)
         self._check_per_source("weights", "mixture")
         if "unigram" in self.sources:

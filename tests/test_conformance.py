@@ -255,6 +255,38 @@ def test_bad_operands_of_the_operators_are_refused(backend: str) -> None:
         ops.token_logits_grad_weight(grad, hidden, ids + 50_000_000, 5)
 
 
+@pytest.mark.parametrize("rule", ["jump:last", "top_k:5", "top_p:0.9", "min_p:0.1", "epsilon:0.01", "eta:0.001"])
+def test_masked_tokens_are_never_dominant(backend: str, rule: str) -> None:
+    logits = torch.randn(4, 40)
+    needs("softmax_stats", logits)
+    logits[1:, 3:] = -torch.inf
+    dominant = F.dominant_tokens(logits, DominantRule.parse(rule))
+    with pyqe.use_backend("reference"):
+        expected = F.dominant_tokens(logits, DominantRule.parse(rule))
+    assert torch.equal(dominant.ids, expected.ids)
+    assert torch.equal(dominant.size, expected.size)
+    assert (dominant.size[1:] <= 3).all()
+
+
+def test_ties_go_to_the_lower_ids(backend: str) -> None:
+    logits = torch.randint(0, 3, (6, 9000)).float()
+    needs("softmax_stats", logits)
+    if backend == "reference":
+        pytest.skip("torch.topk promises no order among equals")
+    expected = torch.sort(logits, dim=1, descending=True, stable=True).indices[:, :50]
+    assert torch.equal(F.softmax_stats(logits, top_k=50).topk_ids, expected)
+
+
+@pytest.mark.parametrize("name", ["token_ids", "choice_ids"])
+def test_a_bad_id_is_reported_by_the_name_of_its_argument(backend: str, name: str) -> None:
+    logits = torch.randn(2, 5)
+    needs("softmax_stats", logits)
+    with pytest.raises(IndexError, match=rf"^{name}\[1, 0\].* got 9"):
+        F.softmax_stats(logits, **{"token_ids": torch.zeros(2, 3, dtype=torch.int64), name: torch.tensor([[1], [9]])})
+    with pytest.raises(ValueError, match="finite"):
+        F.softmax_stats(logits, temperature=torch.inf)
+
+
 def test_huge_logits(backend: str) -> None:
     logits = torch.tensor([[1e4, -1e4, 9999.0], [-1e4, -1e4, -1e4]])
     needs("softmax_stats", logits)

@@ -10,7 +10,9 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
+import pyqe
 from pyqe import functional as F
+from pyqe.backends import available_backends
 from pyqe.backends.philox import philox, uniform
 from pyqe.dominant import DominantRule
 from pyqe.negatives import NegativeSampler
@@ -208,3 +210,56 @@ def test_counts_of_another_vocabulary_are_refused() -> None:
     sampler = NegativeSampler(("unigram",), unigram_counts=torch.ones(5))
     with pytest.raises(ValueError, match="unigram_counts"):
         F.sample_negatives(torch.zeros(1, 6), torch.tensor([0]), sampler)
+
+
+def both_backends(logits: Tensor, sampler: NegativeSampler, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Negatives by the reference and by the kernels; nothing is a target."""
+    needs_kernels()
+    targets = torch.full((len(logits),), -1)
+    results = []
+    for name in ("reference", "cpu"):
+        with pyqe.use_backend(name):
+            results.append(F.sample_negatives(logits, targets, sampler, torch.Generator().manual_seed(seed)))
+    return results[0], results[1]
+
+
+def needs_kernels() -> None:
+    reason = available_backends()["cpu"].unavailable
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("combination", ["independent", "mixture", "product"])
+@pytest.mark.parametrize("sources", [("softmax",), ("unigram",), ("uniform", "softmax", "unigram")])
+@pytest.mark.parametrize("exclude", [None, DominantRule.jump("first"), DominantRule.top_p(0.5)], ids=str)
+def test_kernels_draw_what_the_reference_draws(
+    combination: Any, sources: tuple[Any, ...], exclude: DominantRule | None
+) -> None:
+    counts = torch.randint(0, 4, (1500,)).float()
+    sampler = NegativeSampler(sources, num_negatives=9, combination=combination, exclude=exclude, unigram_counts=counts)
+    expected, found = both_backends(3 * torch.randn(40, 1500), sampler)
+    assert (expected == found).float().mean() > 0.99  # rounding may move a draw to its neighbour
+
+
+def test_tokens_far_below_the_best_are_drawn_by_their_own_weights() -> None:
+    """Once the three best are drawn, the rest are e^-120 below: more than float32 holds."""
+    logits = torch.randn(20, 3000)
+    logits[:, :3] += 60
+    sampler = NegativeSampler(("softmax",), num_negatives=10, temperature=0.5, exclude=None)
+    expected, found = both_backends(logits, sampler)
+    assert (found >= 0).all()
+    assert (expected == found).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("combination", ["independent", "mixture"])
+def test_tokens_without_weight_are_never_drawn(combination: Any) -> None:
+    counts = torch.zeros(300)
+    counts[torch.tensor([5, 70, 140, 299 - 9])] = torch.tensor([0.1, 0.7, 3.3, 8.0])
+    sampler = NegativeSampler(
+        ("unigram",), num_negatives=6, combination=combination, exclude=None, unigram_counts=counts
+    )
+    for seed in range(20):
+        expected, found = both_backends(torch.randn(20, 300), sampler, seed)
+        assert torch.equal((found >= 0).sum(1), torch.full((20,), 4))
+        assert (counts[found[found >= 0]] > 0).all()
+        assert torch.equal(expected.sort().values, found.sort().values)

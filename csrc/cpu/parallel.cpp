@@ -1,9 +1,5 @@
 #include "cpu/parallel.h"
 
-#include <memory>
-
-#include "cpu/scan.h"
-
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -18,26 +14,8 @@ void note_fork() { forked = true; }
 const int registered = pthread_atfork(nullptr, nullptr, note_fork);
 #endif
 
-struct Buffer {
-  std::unique_ptr<float[]> memory;
-  std::int64_t floats = 0;
-};
-
-thread_local Buffer buffer;
-
 }  // namespace
 
 int usable_threads(int threads) { return forked ? 1 : threads; }
-
-float* scratch(std::int64_t floats) {
-  constexpr std::int64_t kLine = 16;  // floats of a cache line
-  if (buffer.floats < floats + kLine) {
-    buffer.memory.reset();  // before the new one, lest there be both
-    buffer.memory.reset(new float[static_cast<std::size_t>(floats + kLine)]);
-    buffer.floats = floats + kLine;
-  }
-  const auto address = reinterpret_cast<std::uintptr_t>(buffer.memory.get());
-  return reinterpret_cast<float*>((address + 63) / 64 * 64);
-}
 
 }  // namespace pyqe::cpu

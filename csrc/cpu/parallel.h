@@ -26,8 +26,9 @@ void parallel_each(std::int64_t count, std::int64_t bytes, int threads, const Bo
 #ifdef _OPENMP
   const int team = usable_threads(threads);
   if (team > 1 && count > 1 && bytes > kSerialBytes) {
+    // monotonic: a thread meets items in ascending order, on which ties among candidates rest
     std::exception_ptr failure;  // an exception must not leave the parallel region
-#pragma omp parallel for num_threads(team) schedule(dynamic)
+#pragma omp parallel for num_threads(team) schedule(monotonic : dynamic)
     for (std::int64_t item = 0; item < count; ++item) {
       try {
         body(item, omp_get_thread_num());

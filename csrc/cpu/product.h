@@ -39,24 +39,8 @@ struct SingleWords {
   }
   using Element = float;  // what a word is made of
   static float word(const T* row, std::int64_t step, std::int64_t) { return to_float(row[step]); }
-  static typename Isa::F32 words(const T* from) { return Isa::widen(from); }
+  static typename Isa::F32 words(const T* from) { return load_vector<Isa>(from); }
   static typename Isa::F32 words_across(const T* row, const T*) { return words(row); }
-};
-
-template <class Isa>
-struct SingleWords<Isa, float> {
-  static constexpr int kElements = 1;
-  static typename Isa::F32 accumulate(typename Isa::F32 sum, typename Isa::F32 a, typename Isa::F32 b) {
-    return Isa::fma(a, b, sum);
-  }
-  using Element = float;
-  static float word(const float* row, std::int64_t step, std::int64_t) { return row[step]; }
-  static typename Isa::F32 words(const float* from) {
-    typename Isa::F32 v;
-    __builtin_memcpy(&v, from, sizeof v);
-    return v;
-  }
-  static typename Isa::F32 words_across(const float* row, const float*) { return words(row); }
 };
 
 // Words that hold two bf16.

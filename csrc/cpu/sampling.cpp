@@ -226,24 +226,35 @@ class Sampler {
 
   // Sum of the unigram and uniform parts of the tokens [begin, end) that may be drawn.
   double flat_mass(const Row& row, std::int64_t begin, std::int64_t end) const {
-    double mass = row.uniform * static_cast<double>(end - begin);
-    if (row.unigram > 0) mass += row.unigram * (at(cumulative_, end) - at(cumulative_, begin));
+    double tokens = static_cast<double>(end - begin);
+    double counts = row.unigram > 0 ? at(cumulative_, end) - at(cumulative_, begin) : 0;
     auto id = std::lower_bound(row.excluded.begin(), row.excluded.end(), begin);
-    for (; id != row.excluded.end() && *id < end; ++id) mass -= flat_weight(row, *id);
-    return std::max(mass, 0.0);
+    for (; id != row.excluded.end() && *id < end; ++id) {
+      tokens -= 1;
+      if (row.unigram > 0) counts -= args_.counts[*id];
+    }
+    return row.uniform * tokens + row.unigram * std::max(counts, 0.0);
   }
 
   double flat_weight(const Row& row, std::int64_t id) const {
     return row.uniform + (row.unigram > 0 ? row.unigram * args_.counts[id] : 0.0);
   }
 
-  double softmax_mass(std::int64_t r, const Row& row, std::int64_t tile) const {
-    TileSum sum = sum_of(r, tile);
-    for (const ChangedTile& changed : row.changed) {
-      if (changed.tile == tile) sum = changed.sum;
+  TileSum softmax_sum(std::int64_t r, std::int64_t tile) const {
+    for (const ChangedTile& changed : at(rows_, r).changed) {
+      if (changed.tile == tile) return changed.sum;
     }
-    if (sum.max == -kInfinity) return 0;
-    return sum.sum * std::exp((static_cast<double>(sum.max) - row.best) * args_.beta);
+    return sum_of(r, tile);
+  }
+
+  // e^((max - best) beta): what the weights of a tile, which are relative to its own maximum, are times.
+  double tile_factor(const Row& row, const TileSum& tile) const {
+    return tile.max == -kInfinity ? 0 : std::exp((static_cast<double>(tile.max) - row.best) * args_.beta);
+  }
+
+  double softmax_mass(std::int64_t r, std::int64_t tile) const {
+    const TileSum sum = softmax_sum(r, tile);
+    return sum.sum * tile_factor(at(rows_, r), sum);
   }
 
   // Divides the weights of the parts by their sums.
@@ -255,7 +266,7 @@ class Sampler {
       row.best = -kInfinity;
       for (std::int64_t tile = 0; tile < tiles_; ++tile) row.best = std::max(row.best, sum_of(r, tile).max);
       double sum = 0;
-      for (std::int64_t tile = 0; tile < tiles_; ++tile) sum += softmax_mass(r, row, tile);
+      for (std::int64_t tile = 0; tile < tiles_; ++tile) sum += softmax_mass(r, tile);
       row.softmax = share(source.softmax, sum);
     }
     Row part = {};
@@ -267,7 +278,8 @@ class Sampler {
     row.uniform = uniform;
   }
 
-  // The token at `value` of the cumulative flat weights of what may be drawn.
+  // The token at `value` of the cumulative flat weights of what may be drawn; -1 where rounding leads to one
+  // without weight.
   std::int64_t find_flat(const Row& row, double value) const {
     const auto before = [&](std::int64_t id) {
       const double mass = row.uniform * static_cast<double>(id);
@@ -282,24 +294,28 @@ class Sampler {
       const std::int64_t middle = (low + high) / 2;
       before(middle + 1) > value ? high = middle : low = middle + 1;
     }
-    return low;
+    return flat_weight(row, low) > 0 ? low : -1;
   }
 
-  // The token at `value` of the cumulative weights of one tile.
-  std::int64_t find_in_tile(const Row& row, const Draw& draw, const float* logits) const {
-    float z[kTile];
-    double cumulative[kTile], total = 0;
-    masked(row, draw.tile, logits, z);
+  // The token at `value` of the cumulative weights of one tile; -1 where none has any.
+  std::int64_t find_in_tile(const Draw& draw, const float* logits) const {
+    const Row& row = at(rows_, draw.row);
+    const TileSum sum = softmax_sum(draw.row, draw.tile);
+    const double softmax = row.softmax * tile_factor(row, sum);
     const std::int64_t count = tile_size(draw.tile), first = draw.tile * kTile;
-    for (std::int64_t i = 0; i < count; ++i)
-      cumulative[i] = z[i] == -kInfinity ? 0 : flat_weight(row, first + i);
-    if (row.softmax > 0) softmax_weights(draw.tile, row.best, z);
+    float z[kTile];
+    masked(row, draw.tile, logits, z);
+    if (softmax > 0) softmax_weights(draw.tile, sum.max, z);
+    auto excluded = std::lower_bound(row.excluded.begin(), row.excluded.end(), first);
+    double cumulative[kTile], total = 0;
     for (std::int64_t i = 0; i < count; ++i) {
-      total += cumulative[i] + (row.softmax > 0 ? row.softmax * z[i] : 0.0);
+      const bool out = excluded != row.excluded.end() && *excluded == first + i;
+      if (out) ++excluded;
+      if (!out) total += flat_weight(row, first + i) + (softmax > 0 ? softmax * z[i] : 0.0);
       cumulative[i] = total;
     }
-    const double value = below(draw.value, total);
-    return first + std::min(count - 1, std::upper_bound(cumulative, cumulative + count, value) - cumulative);
+    if (total == 0) return -1;
+    return first + (std::upper_bound(cumulative, cumulative + count, below(draw.value, total)) - cumulative);
   }
 
   // --- rounds ---
@@ -347,7 +363,7 @@ class Sampler {
       draws.erase(std::remove_if(draws.begin(), draws.end(), [](const Draw& d) { return d.slot < 0; }),
                   draws.end());
       with_tiles(draws, [&](const Draw& draw, const float* logits) {
-        at(ids, draw.row * per_row + draw.slot) = find_in_tile(at(rows_, draw.row), draw, logits);
+        at(ids, draw.row * per_row + draw.slot) = find_in_tile(draw, logits);
       });
     }
     for_each_row(*scan_, threads_, [&](std::int64_t r) {
@@ -375,7 +391,7 @@ class Sampler {
     double total = 0;
     const bool flat = row.unigram > 0 || row.uniform > 0;
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-      total += row.softmax * softmax_mass(r, row, tile);
+      total += row.softmax * softmax_mass(r, tile);
       if (flat) total += flat_mass(row, tile * kTile, tile * kTile + tile_size(tile));
       cumulative.push_back(total);
     }
@@ -392,7 +408,8 @@ class Sampler {
   static void accept(Row& row, std::int64_t wanted, const std::int64_t* drawn, std::int64_t count,
                      std::int64_t* ids) {
     for (std::int64_t k = 0; k < count && row.filled < wanted; ++k) {
-      const bool allowed = !std::binary_search(row.excluded.begin(), row.excluded.end(), drawn[k]);
+      const bool allowed =
+          drawn[k] >= 0 && !std::binary_search(row.excluded.begin(), row.excluded.end(), drawn[k]);
       if (allowed && std::find(ids, ids + row.filled, drawn[k]) == ids + row.filled)
         ids[row.filled++] = drawn[k];
     }
@@ -411,7 +428,7 @@ class Sampler {
 
 void sample_negatives(const SampleNegatives& args, int threads) {
   check_logits(args.logits, threads);
-  check_token_ids(args.targets, args.logits.n, 1, args.logits.vocab);
+  check_token_ids(args.targets, args.logits.n, 1, args.logits.vocab, "targets");
   Sampler sampler(args, threads);
   Scan scan = {};
   scan.logits = args.logits;

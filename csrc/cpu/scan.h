@@ -132,7 +132,4 @@ struct PanelShape {
   std::int64_t rows, depth;
 };
 
-// A buffer of the calling thread, 64-byte aligned, that is reused from call to call.
-float* scratch(std::int64_t floats);
-
 }  // namespace pyqe::cpu

@@ -297,6 +297,9 @@ void check_logits(const Logits& logits, int threads) {
   require_at_least("n", logits.n, 0);
   require_at_least("dim", logits.dim, 0);
   require_at_least("vocab", logits.vocab, 1);
+  if (logits.vocab > std::numeric_limits<std::int32_t>::max()) {  // ids of candidates are of 32 bits
+    throw std::invalid_argument("vocab: expected less than 2^31, got " + std::to_string(logits.vocab));
+  }
   require_at_least("threads", threads, 1);
   element_bytes(logits.dtype);
 }

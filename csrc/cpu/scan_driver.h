@@ -104,6 +104,6 @@ std::vector<float> packed_rows(const Logits& from, std::int64_t first_row, std::
 std::int64_t element_bytes(DType dtype);
 void check_logits(const Logits& logits, int threads);
 void check_token_ids(const std::int64_t* token_ids, std::int64_t n, std::int64_t k, std::int64_t vocab,
-                     const char* name = "token_ids");
+                     const char* name);
 
 }  // namespace pyqe::cpu

@@ -3,19 +3,13 @@
 
 #include "cpu/product.h"
 #include "cpu/scan.h"
+#include "cpu/scratch.h"
 #include "cpu/vector_math.h"
 
 namespace pyqe::cpu {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-
-template <class Isa>
-typename Isa::F32 load_vector(const float* from) {
-  typename Isa::F32 v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return v;
-}
 
 // Calls body(vector) on z[0, count), the last vector filled up with -infinity, which no statistic counts.
 template <class Isa, class Body>
@@ -178,14 +172,28 @@ void add_candidates(const Scan& scan, const float* z, std::int64_t count, std::i
     return;
   }
   F32 dropped = broadcast<Isa>(list.dropped);
-  std::int64_t id = first_id;
-  for_each_vector<Isa>(z, count, [&](F32 v) {
+  const auto look_at = [&](F32 v, std::int64_t id) {
     const F32 floor = broadcast<Isa>(list.floor);
     dropped = Isa::max(v > floor ? dropped : v, dropped);
     for (unsigned above = Isa::bits(v > floor); above; above &= above - 1) {
       const int lane = __builtin_ctz(above);
       add_candidate(scan, v[lane], id + lane, list);
     }
+  };
+  std::int64_t i = 0;
+  for (; i + 4 * Isa::kWidth <= count; i += 4 * Isa::kWidth) {  // most blocks of four hold none
+    F32 v[4];
+    for (int j = 0; j < 4; ++j) v[j] = load_vector<Isa>(z + i + j * Isa::kWidth);
+    const F32 most = Isa::max(Isa::max(v[0], v[1]), Isa::max(v[2], Isa::max(v[3], dropped)));
+    if (Isa::bits(most > list.floor) == 0) {
+      dropped = most;
+      continue;
+    }
+    for (int j = 0; j < 4; ++j) look_at(v[j], first_id + i + j * Isa::kWidth);
+  }
+  std::int64_t id = first_id + i;
+  for_each_vector<Isa>(z + i, count - i, [&](F32 v) {
+    look_at(v, id);
     id += Isa::kWidth;
   });
   const float most = Isa::largest(dropped);

@@ -115,6 +115,19 @@ void narrow(Float16* to, typename Isa::F32 value) {
   Isa::narrow(to, value);
 }
 
+// One vector of kWidth consecutive elements as fp32.
+template <class Isa>
+typename Isa::F32 load_vector(const float* from) {
+  typename Isa::F32 v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class Isa, class T>
+typename Isa::F32 load_vector(const T* from) {
+  return Isa::widen(from);
+}
+
 // The end of a row goes through a buffer, so that nothing past the row is read or written.
 template <class Isa, class T>
 Pair<Isa> load_partial(const T* from, std::int64_t count) {

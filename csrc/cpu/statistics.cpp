@@ -15,7 +15,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 Scan scan_of(const Logits& logits, const std::int64_t* token_ids, std::int64_t n_tokens,
              float* token_logits) {
-  check_token_ids(token_ids, logits.n, n_tokens, logits.vocab);
+  check_token_ids(token_ids, logits.n, n_tokens, logits.vocab, "token_ids");
   std::fill_n(token_logits, logits.n * n_tokens, kNan);
   Scan scan = {};
   scan.logits = logits;

@@ -20,19 +20,6 @@ namespace {
 
 constexpr float kLargest = 0x1.fffffep127f;
 
-// kWidth consecutive elements, in order: logits and soft labels differ in dtype and have to meet.
-template <class Isa>
-typename Isa::F32 load_in_order(const float* from) {
-  typename Isa::F32 values;
-  __builtin_memcpy(&values, from, sizeof values);
-  return values;
-}
-
-template <class Isa, class T>
-typename Isa::F32 load_in_order(const T* from) {
-  return Isa::widen(from);
-}
-
 template <class Isa>
 typename Isa::I32 lanes_below(std::int64_t count) {
   typename Isa::I32 lane;
@@ -101,9 +88,9 @@ float hard_target(const T* row, std::int64_t label, const TemperatureNll& args, 
 template <class Isa, class T>
 float row_maximum(const T* row, std::int64_t classes, const InverseTemperature<Isa>& beta) {
   using F32 = typename Isa::F32;
-  F32 maxima = beta.sign * load_in_order<Isa>(row + classes - Isa::kWidth);
+  F32 maxima = beta.sign * load_vector<Isa>(row + classes - Isa::kWidth);
   for (std::int64_t c = 0; c + Isa::kWidth <= classes; c += Isa::kWidth) {
-    const F32 z = beta.sign * load_in_order<Isa>(row + c);
+    const F32 z = beta.sign * load_vector<Isa>(row + c);
     maxima = z > maxima ? z : maxima;
   }
   float maximum = maxima[0];
@@ -140,7 +127,7 @@ struct LongRow {
   float maximum;
 
   F32 distance(std::int64_t c) const {
-    return Isa::fma(load_in_order<Isa>(logits + c), beta.sign, broadcast<Isa>(-maximum));
+    return Isa::fma(load_vector<Isa>(logits + c), beta.sign, broadcast<Isa>(-maximum));
   }
 
   // Of `vectors` whole vectors from `first` on, and of the `rest` classes after them.
@@ -183,11 +170,11 @@ struct LongRow {
   double target(std::int64_t first, int vectors, std::int64_t rest) const {
     F32 sum = {};
     for (std::int64_t c = first; c < first + vectors * Isa::kWidth; c += Isa::kWidth) {
-      sum += soft_target<Isa>(load_in_order<Isa>(labels + c), distance(c));
+      sum += soft_target<Isa>(load_vector<Isa>(labels + c), distance(c));
     }
     if (rest) {
       const std::int64_t last = classes - Isa::kWidth;
-      const F32 label = lanes_below<Isa>(Isa::kWidth - rest) ? F32{} : load_in_order<Isa>(labels + last);
+      const F32 label = lanes_below<Isa>(Isa::kWidth - rest) ? F32{} : load_vector<Isa>(labels + last);
       sum += soft_target<Isa>(label, distance(last));
     }
     return Isa::sum(sum);
@@ -223,7 +210,7 @@ void widen_rows(const T* from, std::int64_t stride, std::int64_t rows, std::int6
   const std::int64_t rest = classes % Isa::kWidth, whole = classes - rest;
   for (std::int64_t r = 0; r < rows; ++r, from += stride, to += classes) {
     for (std::int64_t c = 0; c < whole; c += Isa::kWidth) {
-      const typename Isa::F32 values = load_in_order<Isa>(from + c);
+      const typename Isa::F32 values = load_vector<Isa>(from + c);
       __builtin_memcpy(to + c, &values, sizeof values);
     }
     for (std::int64_t c = whole; c < classes; ++c) to[c] = to_float(from[c]);
@@ -272,14 +259,14 @@ void temperature_nll_short_rows(const TemperatureNll& args, const InverseTempera
                   rows, classes, z);
   transpose<Isa>(z, classes, columns);
 
-  F32 maximum = beta.sign * load_in_order<Isa>(columns);
+  F32 maximum = beta.sign * load_vector<Isa>(columns);
   for (std::int64_t c = 1; c < classes; ++c) {
-    const F32 column = beta.sign * load_in_order<Isa>(columns + c * kWidth);
+    const F32 column = beta.sign * load_vector<Isa>(columns + c * kWidth);
     maximum = column > maximum ? column : maximum;
   }
   F32 d[kShortRow], p[kShortRow], sum = {}, product = {};
   for (std::int64_t c = 0; c < classes; ++c) {
-    d[c] = Isa::fma(load_in_order<Isa>(columns + c * kWidth), beta.sign, -maximum);
+    d[c] = Isa::fma(load_vector<Isa>(columns + c * kWidth), beta.sign, -maximum);
     p[c] = boltzmann<Isa>(d[c], beta);
     sum += p[c];
     product += p[c] * finite<Isa>(d[c]);
@@ -301,7 +288,7 @@ void temperature_nll_short_rows(const TemperatureNll& args, const InverseTempera
                     args.soft_labels.stride, rows, classes, z);
     transpose<Isa>(z, classes, columns);
     for (std::int64_t c = 0; c < classes; ++c) {
-      target += soft_target<Isa>(load_in_order<Isa>(columns + c * kWidth), d[c]);
+      target += soft_target<Isa>(load_vector<Isa>(columns + c * kWidth), d[c]);
     }
   }
   const auto counted = lanes_below<Isa>(rows);

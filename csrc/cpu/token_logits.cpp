@@ -13,7 +13,7 @@ void token_logits_forward(const TokenLogitsForward& args, int threads) {
   require_at_least("threads", threads, 1);
   const std::int64_t pairs = args.n * args.k;
   const std::int64_t bytes = pairs * args.dim * element_bytes(args.dtype);
-  check_token_ids(args.token_ids, args.n, args.k, args.vocab);
+  check_token_ids(args.token_ids, args.n, args.k, args.vocab, "token_ids");
   const auto compute = kernels().token_logits_forward;
   parallel_for(pairs, bytes, threads,
                [&](std::int64_t begin, std::int64_t end) { compute(args, begin, end); });
@@ -26,7 +26,7 @@ void token_logits_backward_hidden(const TokenLogitsBackwardHidden& args, int thr
   require_at_least("vocab", args.vocab, 0);
   require_at_least("threads", threads, 1);
   const std::int64_t bytes = args.n * (args.k + 1) * args.dim * element_bytes(args.dtype);
-  check_token_ids(args.token_ids, args.n, args.k, args.vocab);
+  check_token_ids(args.token_ids, args.n, args.k, args.vocab, "token_ids");
   const auto compute = kernels().token_logits_backward_hidden;
   parallel_for(args.n, bytes, threads,
                [&](std::int64_t begin, std::int64_t end) { compute(args, begin, end); });

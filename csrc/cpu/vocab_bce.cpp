@@ -100,7 +100,7 @@ void vocab_bce(const VocabBce& args, int threads) {
   check_logits(from, threads);
   require_at_least("n_exclude", args.n_exclude, 0);
   check_token_ids(args.targets, from.n, 1, from.vocab, "targets");
-  check_token_ids(args.exclude_ids, from.n, args.n_exclude, from.vocab, "exclude_ids");
+  check_token_ids(args.exclude_ids, from.n, args.n_exclude, from.vocab, "exclude");
   const auto compute = kernels().vocab_bce;
   VocabBcePass pass = {};
   pass.args = &args;

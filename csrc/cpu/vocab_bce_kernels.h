@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/scan_kernels.h"
+#include "cpu/scratch.h"
 #include "cpu/vocab_bce.h"
 
 namespace pyqe::cpu {

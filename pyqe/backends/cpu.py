@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -297,6 +296,9 @@ class _Softmax:
     ) -> _Softmax:
         rule = DominantRule.parse(dominant) if dominant else None
         members = rule.max_size(vocab_size) if rule else 0
+        for name, given in (("token_ids", token_ids), ("choice_ids", choice_ids)):
+            if given is not None:
+                reference.check_ids(name, given, vocab_size)
         ids, k = _joined_ids(n, token_ids, choice_ids), min(top_k, vocab_size)
 
         def row(wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -421,13 +423,6 @@ def linear_temperature_nll(
     )
 
 
-def _threshold_logit(threshold: float) -> float:
-    """The logit whose sigmoid is the threshold."""
-    if not 0 < threshold < 1:
-        return -math.inf if threshold <= 0 else math.inf
-    return math.log(threshold / (1 - threshold))
-
-
 def _sigmoid_request(
     logits: Any, n: int, vocab_size: int, token_ids: Tensor | None, top_k: int, threshold: float | None
 ) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
@@ -446,7 +441,7 @@ def _sigmoid_request(
         argmax=argmax.data_ptr(),
         sum_prob=sum_prob.data_ptr(),
         count_above=0 if threshold is None else above.data_ptr(),
-        threshold=0.0 if threshold is None else _threshold_logit(threshold),
+        threshold=0.0 if threshold is None else reference.threshold_logit(threshold),
         topk_logits=topk_logits.data_ptr(),
         topk_ids=topk_ids.data_ptr(),
         top_k=k,

@@ -8,6 +8,7 @@ depend on the batch, bit for bit (docs/notes/reference.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -193,6 +194,7 @@ def _dominant(logits: Tensor, maximum: Tensor, log_sum: Tensor, rule: DominantRu
         if rule.kind == "eta":
             threshold = torch.minimum(threshold, rule.epsilon**0.5 * torch.exp(-_entropy(logits, maximum, log_sum)))
         keep = probs > threshold[:, None]
+    keep = keep & sorted_logits.isneginf().logical_not()  # what cannot come is not dominant
     keep = (keep & ~maximum.isnan()[:, None])[:, :max_size]
     mass = torch.where(keep, probs[:, :max_size], 0.0).sum(1)
     return (
@@ -299,6 +301,13 @@ def linear_softmax_stats(
 # --- sigmoid statistics ---------------------------------------------------------------------------------------------
 
 
+def threshold_logit(threshold: float) -> float:
+    """The logit whose sigmoid is the threshold; infinite where it is not in (0, 1)."""
+    if not 0 < threshold < 1:
+        return -math.inf if threshold <= 0 else math.inf
+    return math.log(threshold / (1 - threshold))
+
+
 def _sigmoid_rows(logits: Tensor, token_ids: Tensor | None, top_k: int, threshold: float | None) -> tuple[Tensor, ...]:
     none = logits.new_empty(len(logits), 0)
     invalid = logits.isnan().any(1)
@@ -309,7 +318,7 @@ def _sigmoid_rows(logits: Tensor, token_ids: Tensor | None, top_k: int, threshol
         max_logit.masked_fill(invalid, torch.nan),
         argmax.masked_fill(invalid, -1),
         probs.sum(1),
-        none.long() if threshold is None else (probs > threshold).sum(1).masked_fill(invalid, -1),
+        none.long() if threshold is None else (logits > threshold_logit(threshold)).sum(1).masked_fill(invalid, -1),
         none if token_ids is None else _gather(logits, token_ids).masked_fill(invalid[:, None], torch.nan),
         topk_logits.masked_fill(invalid[:, None], torch.nan),
         topk_ids.masked_fill(invalid[:, None], -1),
@@ -486,14 +495,14 @@ def sample_rows(
 
     def weights_of(source: str) -> Tensor:
         if source == "softmax":  # relative to the best token allowed, far below the dominant ones as it may be
-            candidates = torch.where(allowed, logits, -torch.inf)
+            candidates = torch.where(allowed, logits, -torch.inf).double()  # float32 would lose all e^-104 below it
             best = candidates.amax(1, keepdim=True).nan_to_num(neginf=0.0)
             weights = torch.exp((candidates - best) / temperature)
         elif source == "unigram":
             assert unigram_counts is not None
-            weights = unigram_counts.to(logits.dtype).expand_as(logits)
+            weights = unigram_counts.double().expand_as(logits)
         else:
-            weights = torch.ones_like(logits)
+            weights = torch.ones_like(logits, dtype=torch.float64)
         return torch.where(allowed, weights, 0.0)
 
     rows = torch.arange(first_row, first_row + len(logits), device=logits.device)
@@ -505,7 +514,7 @@ def sample_rows(
         return _drop_repeats(torch.cat(draws, 1))
     parts = [_normalise(weights_of(source)) for source in sources]
     if combination == "mixture":
-        weights = sum((w * part for w, part in zip(mixture_weights, parts, strict=True)), torch.zeros_like(logits))
+        weights = sum((w * part for w, part in zip(mixture_weights, parts, strict=True)), torch.zeros_like(parts[0]))
     else:
         weights = torch.stack([part / part.amax(1, keepdim=True).clamp(min=1e-38) for part in parts]).prod(0)
     return _draw_distinct(weights, shares[0], seed, 0, rows)

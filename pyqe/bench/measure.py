@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -98,7 +97,7 @@ def _tensor_bytes(outcome: Outcome) -> int:
 def measure(
     case: Case, settings: Settings, device: Processor, on_progress: Callable[[str], object]
 ) -> list[Measurement]:
-    """Measure every rival: one round to warm up and compare, the timed rounds A B C A B C, one round for the memory."""
+    """Measure every rival: a round to warm up and compare, timed rounds A B C, B C A, ..., a round for the memory."""
     torch.manual_seed(0)
     measurements = [Measurement(rival, missing=_obstacle(rival, settings)) for rival in case.rivals]
     _warm_up(case, measurements, on_progress)
@@ -106,7 +105,7 @@ def measure(
     with _no_garbage_collection():
         for number in range(settings.repeats):
             inputs = case.inputs()
-            for item in running:
+            for item in running[number % len(running) :] + running[: number % len(running)]:  # nobody is always first
                 on_progress(f"{item.rival.name}, round {number + 1} of {settings.repeats}")
                 item.seconds.append(device.seconds(partial(_run, item.rival, *inputs)))
         inputs = case.inputs()
@@ -154,13 +153,16 @@ def _warm_up(case: Case, measurements: list[Measurement], on_progress: Callable[
                 raise
             item.missing = f"failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
             continue
+        if any(not bool(value.isfinite().all()) for value in outcome.values() if isinstance(value, Tensor)):
+            if item.rival.name == "pyqe":
+                raise ValueError(f"{case.suite}, {case.name}: expected finite results of pyqe, got NaN or infinity")
+            item.missing = "failed: its results are not finite"
+            continue
         item.values = {name: value for name, value in outcome.items() if isinstance(value, float)}
         if item.rival.name == "pyqe":
             ours = outcome
         elif ours is not None:
             item.difference = difference(outcome, ours)
-            if item.difference is not None and not math.isfinite(item.difference):
-                item.missing = "failed: its results are not finite"
 
 
 def difference(outcome: Outcome, ours: Outcome) -> float | None:

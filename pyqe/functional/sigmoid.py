@@ -65,7 +65,7 @@ def linear_sigmoid_stats(
         shift: number(s) that broadcast to [...]; None is 0.
         token_ids: int64 [...] or [..., K]: tokens whose logits are wanted; -1 gives NaN.
         top_k: how many of the largest logits to return.
-        threshold: probability in [0, 1] of ``count_above``.
+        threshold: probability in [0, 1] of ``count_above``; its logit is what logits are compared with.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,8 +59,8 @@ def choice_matrix(choice_ids: Tensor | None, rows: torch.Size) -> Tensor | None:
 
 def check_softmax_options(top_k: int, temperature: float | None) -> None:
     check_top_k(top_k)
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a positive, finite number, got {temperature}")
 
 
 def softmax_stats(

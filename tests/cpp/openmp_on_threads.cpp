@@ -39,17 +39,16 @@ void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) 
   for (std::thread& member : members) member.join();
 }
 
-bool GOMP_loop_nonmonotonic_dynamic_next(long* start, long* end) {
+bool GOMP_loop_dynamic_next(long* start, long* end) {
   // Relaxed: the items of a loop have nothing to say to each other.
   *start = team->next.fetch_add(team->chunk, std::memory_order_relaxed);
   *end = *start + team->chunk < team->end ? *start + team->chunk : team->end;
   return *start < team->end;
 }
 
-bool GOMP_loop_nonmonotonic_dynamic_start(long first, long last, long /*step: 1*/, long chunk, long* start,
-                                          long* end) {
+bool GOMP_loop_dynamic_start(long first, long last, long /*step: 1*/, long chunk, long* start, long* end) {
   std::call_once(team->started, [&] { team->next = first, team->end = last, team->chunk = chunk; });
-  return GOMP_loop_nonmonotonic_dynamic_next(start, end);
+  return GOMP_loop_dynamic_next(start, end);
 }
 
 void GOMP_loop_end_nowait() {}
