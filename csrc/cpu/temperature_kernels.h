@@ -225,23 +225,26 @@ void transpose(const float* rows, std::int64_t classes, float* columns) {
   }
 }
 
-// Adds the first lanes of a vector of fp32 to as many sums in double.
-template <class Isa>
-void add_lanes(double* sums, typename Isa::F32 terms, typename Isa::I32 counted) {
-  const typename Isa::F32 chosen = counted ? terms : typename Isa::F32{};
-  for (int lane = 0; lane < Isa::kWidth; ++lane) sums[lane] += chosen[lane];
-}
-
+// Sums in double, a lane each.
 template <class Isa>
 struct LaneSums {
-  double log_partition[Isa::kWidth] = {}, mean[Isa::kWidth] = {}, target[Isa::kWidth] = {},
-         variance[Isa::kWidth] = {};
+  typedef double F64 __attribute__((vector_size(8 * Isa::kWidth)));
+  F64 log_partition = {}, mean = {}, target = {}, variance = {};
+
+  static void add(F64& sums, typename Isa::F32 terms, typename Isa::I32 counted) {
+    sums += __builtin_convertvector(counted ? terms : typename Isa::F32{}, F64);
+  }
 
   TemperatureSums total() const {
+    double lanes[4][Isa::kWidth];
+    static_assert(sizeof log_partition == sizeof lanes[0], "a double for each lane");
+    __builtin_memcpy(lanes[0], &log_partition, sizeof lanes[0]);
+    __builtin_memcpy(lanes[1], &mean, sizeof lanes[1]);
+    __builtin_memcpy(lanes[2], &target, sizeof lanes[2]);
+    __builtin_memcpy(lanes[3], &variance, sizeof lanes[3]);
     TemperatureSums sums = {};
-    for (int lane = 0; lane < Isa::kWidth; ++lane) {
-      accumulate(sums, {log_partition[lane], mean[lane], target[lane], variance[lane]});
-    }
+    for (int i = 0; i < Isa::kWidth; ++i)
+      accumulate(sums, {lanes[0][i], lanes[1][i], lanes[2][i], lanes[3][i]});
     return sums;
   }
 };
@@ -293,11 +296,11 @@ void temperature_nll_short_rows(const TemperatureNll& args, const InverseTempera
   }
   const auto counted = lanes_below<Isa>(rows);
   const F32 correction = deviation / sum;
-  add_lanes<Isa>(sums.log_partition, log<Isa>(sum), counted);
-  add_lanes<Isa>(sums.mean, centre, counted);
-  add_lanes<Isa>(sums.mean, correction, counted);
-  add_lanes<Isa>(sums.target, target, counted);
-  add_lanes<Isa>(sums.variance, squares / sum - correction * correction, counted);
+  sums.add(sums.log_partition, log<Isa>(sum), counted);
+  sums.add(sums.mean, centre, counted);
+  sums.add(sums.mean, correction, counted);
+  sums.add(sums.target, target, counted);
+  sums.add(sums.variance, squares / sum - correction * correction, counted);
 }
 
 template <class Isa, class T>
