@@ -264,7 +264,7 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, module) {
   using namespace pyqe;
   using py::arg;
-  // The arguments are plain numbers, so the operations run without the GIL from start to end.
+  // What the operations get holds no Python object, so they run without the GIL from start to end.
   using WithoutGil = py::call_guard<py::gil_scoped_release>;
 
   module.def("cpu_isa", cpu::isa);

@@ -1,5 +1,5 @@
-// What one instruction set offers: a table of functions, each computing the items [begin, end) of an
-// operation on the calling thread. A new level is one more table and one more line in dispatch.cpp.
+// What one instruction set offers: a table of functions, each computing a part of an operation on the calling
+// thread, mostly the items [begin, end). A new level is one more table and one more line in dispatch.cpp.
 #pragma once
 
 #include "cpu/operations.h"
