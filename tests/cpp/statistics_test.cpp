@@ -295,7 +295,7 @@ TEST(statistics_tile_sums) {
   scan.logits = problem.logits();
   scan.tile_beta = 0.5f;
   scan.tile_sums = sums.data();
-  cpu::run_scan(scan, nullptr, 3, [](const cpu::Scan&) {});
+  cpu::run_scan({scan, nullptr}, 3, [](const cpu::Scan&) {});
   for (std::int64_t n = 0; n < 5; ++n) {
     const Row row = problem.row(n);
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
