@@ -1,4 +1,4 @@
-"""Chooses the backend of a call: by device and dtype, or as the user says."""
+"""Chooses the backend of a call: by device, dtype and preference, or as the user says."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyqe.backends import cpu, reference
+from pyqe.backends import cpu, cuda, preferences, reference, triton
 
 ENVIRONMENT_VARIABLE = "PYQE_BACKEND"
 
@@ -26,23 +27,26 @@ class Backend:
         operations: implementation by operation name.
         devices: device types it serves; None for all.
         dtypes: floating dtypes it serves; None for all.
-        unavailable: why it cannot be used on this machine, or None.
+        find_obstacle: says why it cannot be used on this machine, or None; asked when first needed.
     """
 
     name: str
     operations: Mapping[str, Callable[..., Any]] = field(repr=False)
     devices: frozenset[str] | None = None
     dtypes: frozenset[torch.dtype] | None = None
-    unavailable: str | None = None
+    find_obstacle: Callable[[], str | None] = field(default=lambda: None, repr=False)
 
-    def obstacle(self, operation: str, tensors: tuple[Tensor | None, ...]) -> str | None:
-        """Why this backend cannot run the operation on these tensors; None if it can."""
-        if self.unavailable is not None:
-            return self.unavailable
+    @cached_property
+    def unavailable(self) -> str | None:
+        """Why it cannot be used on this machine, or None."""
+        return self.find_obstacle()
+
+    def obstacle(self, operation: str, args: tuple[Any, ...]) -> str | None:
+        """Why this backend cannot run the operation with these arguments, tensors and others; None if it can."""
         if operation not in self.operations:
             return f"it has no {operation}"
-        for tensor in tensors:
-            if tensor is None:
+        for tensor in args:
+            if not isinstance(tensor, Tensor):
                 continue
             if self.devices is not None and tensor.device.type not in self.devices:
                 return f"it serves {', '.join(sorted(self.devices))} tensors, got {tensor.device.type}"
@@ -50,12 +54,15 @@ class Backend:
             data = tensor.is_floating_point() and tensor.dim() > 0
             if self.dtypes is not None and data and tensor.dtype not in self.dtypes:
                 return f"it serves {', '.join(sorted(map(str, self.dtypes)))}, got {tensor.dtype}"
-        return None
+        return self.unavailable
 
 
+_CPU = Backend("cpu", cpu.OPERATIONS, frozenset({"cpu"}), cpu.DTYPES, cpu.unavailable)
+_CUDA = Backend("cuda", cuda.OPERATIONS, cuda.DEVICES, cuda.DTYPES, cuda.unavailable)
+_TRITON = Backend("triton", triton.OPERATIONS, triton.DEVICES, triton.DTYPES, triton.unavailable)
 _REFERENCE = Backend("reference", vars(reference))
-_CPU = Backend("cpu", cpu.OPERATIONS, frozenset({"cpu"}), cpu.DTYPES, cpu.unavailable())
-_BACKENDS = {backend.name: backend for backend in (_CPU, _REFERENCE)}  # in the order that "auto" tries
+# in the order that "auto" tries, unless the table of preferences knows better
+_BACKENDS = {backend.name: backend for backend in (_CPU, _CUDA, _TRITON, _REFERENCE)}
 
 _chosen: ContextVar[str | None] = ContextVar("pyqe_backend", default=None)
 _served: ContextVar[dict[str, str] | None] = ContextVar("pyqe_served", default=None)
@@ -114,18 +121,26 @@ def served_by() -> Iterator[dict[str, str]]:
         _served.reset(token)
 
 
-def select(operation: str, *tensors: Tensor | None) -> Callable[..., Any]:
-    """Implementation of an operation for these tensors.
+def _preferred(operation: str, args: tuple[Any, ...]) -> Iterator[Backend]:
+    """Backends in the order that "auto" tries them."""
+    first = next((arg for arg in args if isinstance(arg, Tensor)), None)
+    if first is not None and first.device.type == "cuda" and first.dim() > 0:
+        yield _BACKENDS[preferences.backend_for(operation, first.shape[0], args)]
+    yield from _BACKENDS.values()
+
+
+def select(operation: str, *args: Any) -> Callable[..., Any]:
+    """Implementation of an operation for these arguments.
 
     Raises:
         RuntimeError: the backend that was asked for cannot run it; the message says why.
     """
     name = _chosen.get() or _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
     if name == "auto":
-        backend = next(b for b in _BACKENDS.values() if b.obstacle(operation, tensors) is None)
+        backend = next(b for b in _preferred(operation, args) if b.obstacle(operation, args) is None)
     else:
         backend = _BACKENDS[name]
-        obstacle = backend.obstacle(operation, tensors)
+        obstacle = backend.obstacle(operation, args)
         if obstacle is not None:
             raise RuntimeError(f"backend {name!r} cannot run {operation}: {obstacle}")
     served = _served.get()

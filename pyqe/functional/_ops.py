@@ -39,9 +39,8 @@ def _define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) -
     """Register an operator that runs on the backend which the registry selects for its tensors."""
 
     def run(*args: Any) -> Any:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        implementation = select(name, *tensors)
-        device = tensors[0].device.type
+        implementation = select(name, *args)
+        device = _common_device(args)
         if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
             return implementation(*args)
         with torch.no_grad(), torch.autocast(device, enabled=False):  # float32 means float32, and no hidden graph
@@ -52,6 +51,14 @@ def _define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) -
     torch.library.register_fake(f"pyqe::{name}", fake, lib=_library)
     _defined.append(name)
     torch.library.register_vmap(f"pyqe::{name}", partial(_one_by_one, name), lib=_library)
+
+
+def _common_device(args: tuple[Any, ...]) -> str:
+    """Type of the device that all tensors are on; numbers, such as a seed, may stay on the CPU."""
+    devices = {arg.device for arg in args if isinstance(arg, Tensor) and arg.dim() > 0}
+    if len(devices) > 1:
+        raise ValueError(f"expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+    return devices.pop().type if devices else "cpu"
 
 
 def _one_by_one(name: str, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
