@@ -59,4 +59,4 @@ $(VENV)/.dev: $(VENV)/.pyqe
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info pyqe/_C*.so
+	rm -rf $(VENV) build dist *.egg-info pyqe/_C*.so pyqe/_cuda*.so

@@ -1,9 +1,12 @@
-"""Builds the extension module `pyqe._C` with CMake; everything else is in pyproject.toml.
+"""Builds the extension modules `pyqe._C` and `pyqe._cuda` with CMake; everything else is in pyproject.toml.
 
 The build needs a C++17 compiler, and nothing of torch: the module takes raw pointers. Environment variables:
 
 * `CXX`: the compiler, as usual.
 * `PYQE_WERROR=1`: compiler warnings are errors.
+* `PYQE_CUDA`: `on` builds the CUDA kernels (`pyqe._cuda`) and fails without nvcc, `off` does not, `auto` (the default)
+  builds them where nvcc is found; a GPU is not needed.
+* `PYQE_CUDA_ARCHS`: what to build them for, as CMake's CMAKE_CUDA_ARCHITECTURES; A100 and H100 by default, and PTX.
 """
 
 from __future__ import annotations
@@ -31,6 +34,19 @@ def require_compiler() -> None:
         )
 
 
+def build_cuda() -> bool:
+    """Whether the CUDA kernels are built."""
+    wish = os.environ.get("PYQE_CUDA", "auto")
+    if wish not in ("auto", "on", "off"):
+        raise SystemExit(f"pyqe: PYQE_CUDA: expected auto, on or off, got {wish!r}")
+    found = shutil.which(os.environ.get("CUDACXX", "nvcc")) is not None
+    if wish == "on" and not found:
+        raise SystemExit(
+            "pyqe: PYQE_CUDA=on, but nvcc is not found: put it on the PATH, or name it in the variable CUDACXX."
+        )
+    return found and wish != "off"
+
+
 class CMakeBuild(build_ext):
     """Runs CMake with Ninja; `build/` keeps the objects, so a second build compiles only what changed."""
 
@@ -46,8 +62,11 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "PYQE_VERSION": self.distribution.get_version(),
+            "PYQE_CUDA": "ON" if build_cuda() else "OFF",
             "PYQE_WERROR": "ON" if os.environ.get("PYQE_WERROR") == "1" else "OFF",
         }
+        if "PYQE_CUDA_ARCHS" in os.environ:
+            configuration["PYQE_CUDA_ARCHS"] = os.environ["PYQE_CUDA_ARCHS"]
         options = [f"-D{name}={value}" for name, value in configuration.items()]
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

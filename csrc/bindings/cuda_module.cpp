@@ -1,0 +1,61 @@
+// pyqe._cuda: the CUDA kernels for Python. Pointers cross as integers, as in module.cpp; so does the stream.
+// The module links the CUDA runtime statically: it imports where no driver is, and says that there is no
+// device.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/operations.h"
+
+namespace py = pybind11;
+
+namespace pyqe {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cuda::Stream stream_at(Address address) { return reinterpret_cast<cuda::Stream>(address); }
+
+// Why nothing can be run, or an empty string.
+std::string obstacle() {
+#ifdef PYQE_CUDA_EMULATED
+  return "";
+#else
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error == cudaErrorInsufficientDriver) return "no NVIDIA driver, or one too old for this CUDA version";
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return devices > 0 ? "" : "no CUDA device";
+#endif
+}
+
+void inverse_softmax(Address probs, Address logits, std::int64_t n, std::int64_t classes, std::int64_t stride,
+                     float eps, int center, int dtype, Address stream) {
+  cuda::InverseSoftmax args;
+  args.probs = {pointer<const void>(probs), stride};
+  args.logits = pointer<float>(logits);
+  args.n = n, args.classes = classes;
+  args.eps = eps;
+  args.center = static_cast<cuda::Center>(center);
+  args.dtype = static_cast<DType>(dtype);
+  cuda::inverse_softmax(args, stream_at(stream));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels; see pyqe/backends/cuda.py";
+  m.def("obstacle", &obstacle);
+  m.def("inverse_softmax", &inverse_softmax, py::kw_only(), py::arg("probs"), py::arg("logits"), py::arg("n"),
+        py::arg("classes"), py::arg("stride"), py::arg("eps"), py::arg("center"), py::arg("dtype"),
+        py::arg("stream"));
+}
+
+}  // namespace pyqe

@@ -1,0 +1,63 @@
+// How the row kernels see logits: a matrix that exists, or a product that was just made into a buffer, and
+// what is still to be done to it. A kernel reads an element through `at`; nothing is written back.
+#pragma once
+
+#include "cuda/device.h"
+#include "cuda/operations.h"
+
+namespace pyqe::cuda {
+
+// Tokens of a tile, and of a segment, the part of a row that one block reads. Fixed, so that a row's sums are
+// the same whatever else is in the call.
+constexpr int kTile = 256, kSegment = 8192;
+
+template <class T>
+struct LogitRow {
+  const T* logits;      // the row
+  const float* bias;    // [vocab] or null
+  const float* addend;  // the row of a second matrix, or null
+  float row_scale, row_shift, scale, softcap;
+  std::int64_t vocab;
+
+  __device__ LogitRow(const Logits& all, std::int64_t row)
+      : logits(static_cast<const T*>(all.matrix.data) + row * all.matrix.stride),
+        bias(all.bias),
+        addend(all.addend ? all.addend + row * all.vocab : nullptr),
+        row_scale(all.row_scale ? all.row_scale[row] : 1.0f),
+        row_shift(all.row_shift ? all.row_shift[row] : 0.0f),
+        scale(all.scale),
+        softcap(all.softcap),
+        vocab(all.vocab) {}
+
+  // The logit that an element stands for.
+  __device__ float finish(float element, std::int64_t column) const {
+    float z = row_scale * element;
+    if (bias) z += bias[column];
+    if (addend) z += addend[column];
+    z = (z + row_shift) * scale;
+    return softcap > 0 ? softcap * tanhf(z / softcap) : z;
+  }
+
+  __device__ float at(std::int64_t column) const { return finish(as_float(logits[column]), column); }
+
+  // Eight logits from a column that is a multiple of eight on; -infinity beyond the vocabulary. Reads 16
+  // bytes at once where rows lie so that it can; which lane holds what is the same where not.
+  __device__ void eight(std::int64_t column, float (&z)[8]) const {
+    if (column + 8 <= vocab && is_aligned(logits + column)) {
+      constexpr int kLoads = 8 / kPerLoad<T>;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const Vector<T> vector = load_once(logits + column + i * kPerLoad<T>);
+#pragma unroll
+        for (int j = 0; j < kPerLoad<T>; ++j) z[i * kPerLoad<T> + j] = as_float(vector.items[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) z[i] = finish(z[i], column + i);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) z[i] = column + i < vocab ? at(column + i) : -INFINITY;
+  }
+};
+
+}  // namespace pyqe::cuda
