@@ -47,7 +47,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
     check(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   }
-  kernel<<<grid, block, shared, stream> > >(arguments...);
+  // clang-format off
+  kernel<<<grid, block, shared, stream>>>(arguments...);
+  // clang-format on
   check(cudaGetLastError());
 }
 
