@@ -7,6 +7,7 @@
 // threads or of rows.
 #pragma once
 
+#include "core/partials.h"
 #include "cpu/operations.h"
 
 namespace pyqe::cpu {
@@ -14,53 +15,18 @@ namespace pyqe::cpu {
 constexpr std::int64_t kSegment = 1024, kTile = 256;
 
 // Where the logits of n rows over `vocab` tokens come from: a matrix of them, or
-//   z = scale row_scale[n] <hidden[n], weight[v]> + bias_scale bias[v] + row_shift[n],  then  softcap tanh(z
-//   / softcap).
+//   z = scale (row_scale[n] <hidden[n], weight[v]> + bias[v]) + row_shift[n]
+// and then softcap tanh(z / softcap).
 struct Logits {
-  Matrix logits;                     // [n, vocab], or null: hidden and weight
-  Matrix hidden;                     // [n, dim]
-  Matrix weight;                     // [vocab, dim]
-  const void* bias;                  // [vocab] or null
-  const float* row_scale;            // [n] or null
-  const float* row_shift;            // [n] or null
-  float scale, bias_scale, softcap;  // softcap 0: none
+  Matrix logits;           // [n, vocab], or null: hidden and weight
+  Matrix hidden;           // [n, dim]
+  Matrix weight;           // [vocab, dim]
+  const void* bias;        // [vocab] or null
+  const float* row_scale;  // [n] or null
+  const float* row_shift;  // [n] or null
+  float scale, softcap;    // softcap 0: none
   std::int64_t n, dim, vocab;
   DType dtype;  // of logits, hidden, weight and bias
-};
-
-// sum = sum e^(z - max), weighted = sum (z - max) e^(z - max), tempered = sum e^((z - max) / T), over the
-// tokens seen.
-struct SoftmaxPartial {
-  float max;
-  std::int64_t argmax;
-  double sum, weighted, tempered;
-};
-
-// With d = z - max: sum = sum e^(beta d), weighted = sum d e^(beta d), squared = sum d^2 e^(beta d).
-struct MomentsPartial {
-  float max;
-  double sum, weighted, squared;
-};
-
-// Makes `largest`, at least as large as the maximum, the number that the sums are relative to. Internal
-// linkage, as this header is compiled into files with different instruction sets.
-//
-// With d' = d + shift: e^(beta d') = f e^(beta d) for f = e^(beta shift), and d'^2 = d^2 + 2 shift d +
-// shift^2.
-static inline void rebase(MomentsPartial& partial, float largest, double beta) {
-  if (partial.max != -__builtin_inff()) {
-    const double shift = static_cast<double>(partial.max) - largest, factor = __builtin_exp(beta * shift);
-    partial.squared = factor * (partial.squared + shift * (2 * partial.weighted + shift * partial.sum));
-    partial.weighted = factor * (partial.weighted + shift * partial.sum);
-    partial.sum *= factor;
-  }
-  partial.max = largest;
-}
-
-struct SigmoidPartial {
-  float max;
-  std::int64_t argmax, above;
-  double sum;  // of the probabilities
 };
 
 // Tokens that may be among the largest of their row. All above `floor` are kept; what is left out or thrown
@@ -109,9 +75,7 @@ struct Scan {
   const std::int64_t* token_ids;  // [n, n_tokens]; -1 is none
   std::int64_t n_tokens;
   float* token_logits;  // [n, n_tokens]
-
-  bool candidates;
-  float* copy;  // [n, vocab]: the logits themselves
+  float* copy;          // [n, vocab]: the logits themselves
 
   // Results for rows [first_row, first_row + rows) of the group. Null: not wanted.
   std::int64_t first_row, rows, segments;
@@ -124,7 +88,7 @@ struct Scan {
   const float* factors;                         // [vocab], of the terms of tile_sums; null: 1
   void (*make_room)(const Scan&, Candidates&);  // throws out what cannot matter, or makes the list longer
   void (*raise_floor)(const Scan&, Candidates&, float max, double sum);
-  void* keeper;  // of make_room
+  void* keeper;  // of make_room; null: no candidates
 };
 
 // How rows are packed: `rows` to a panel, `depth` words each; see product.h.
