@@ -1,27 +1,12 @@
 // pyqe._cuda: the CUDA kernels for Python. Pointers cross as integers, as in module.cpp; so does the stream.
 // The module links the CUDA runtime statically: it imports where no driver is, and says that there is no
 // device.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <cstdint>
 #include <string>
 
-#include "cuda/operations.h"
-
-namespace py = pybind11;
+#include "bindings/cuda_arguments.h"
 
 namespace pyqe {
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-cuda::Stream stream_at(Address address) { return reinterpret_cast<cuda::Stream>(address); }
 
 // Why nothing can be run, or an empty string.
 std::string obstacle() {
@@ -53,6 +38,7 @@ void inverse_softmax(Address probs, Address logits, std::int64_t n, std::int64_t
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels; see pyqe/backends/cuda.py";
   m.def("obstacle", &obstacle);
+  bind_statistics(m);
   m.def("inverse_softmax", &inverse_softmax, py::kw_only(), py::arg("probs"), py::arg("logits"), py::arg("n"),
         py::arg("classes"), py::arg("stride"), py::arg("eps"), py::arg("center"), py::arg("dtype"),
         py::arg("stream"));

@@ -79,6 +79,29 @@ __device__ Vector<T> load(const T* address) {
   return vector;
 }
 
+// e^x to about 1e-6, for x <= 0 or not: one multiplication and the special function unit.
+__device__ inline float fast_exp(float x) {
+  const float exponent = x * 1.44269504f;
+#ifdef __CUDA_ARCH__
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
+#else
+  return exp2f(exponent);
+#endif
+}
+
+__device__ inline float fast_sigmoid(float x) {
+  const float power = 1.0f + fast_exp(-x);
+#ifdef __CUDA_ARCH__
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(power));
+  return inverse;
+#else
+  return 1.0f / power;
+#endif
+}
+
 // The same in all lanes; always added in the same order.
 template <class T>
 __device__ T warp_sum(T value) {

@@ -3,13 +3,9 @@
 #pragma once
 
 #include "cuda/device.h"
-#include "cuda/operations.h"
+#include "cuda/statistics.h"
 
 namespace pyqe::cuda {
-
-// Tokens of a tile, and of a segment, the part of a row that one block reads. Fixed, so that a row's sums are
-// the same whatever else is in the call.
-constexpr int kTile = 256, kSegment = 8192;
 
 template <class T>
 struct LogitRow {
@@ -57,6 +53,25 @@ struct LogitRow {
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) z[i] = column + i < vocab ? at(column + i) : -INFINITY;
+  }
+};
+
+// A row of the second head's logits, made of the first one's.
+struct CorrectedRow {
+  const float *bias, *addend;
+  float scale, shift;
+
+  __device__ CorrectedRow(const Correction& all, std::int64_t row, std::int64_t vocab)
+      : bias(all.bias),
+        addend(all.addend ? all.addend + row * vocab : nullptr),
+        scale(all.scale[row]),
+        shift(all.shift[row]) {}
+
+  __device__ float of(float z, std::int64_t column) const {
+    z *= scale;
+    if (bias) z += bias[column];
+    if (addend) z += addend[column];
+    return z + shift;
   }
 };
 
