@@ -83,7 +83,7 @@ void bind_statistics(py::module_& m) {
   py::class_<cuda::Correction>(m, "Correction");
   py::class_<cuda::SoftmaxRequest>(m, "SoftmaxRequest");
   py::class_<cuda::SigmoidRequest>(m, "SigmoidRequest");
-  py::class_<DominantRule>(m, "DominantRule");
+  py::class_<DominantRule>(m, "DominantRule", py::module_local());  // pyqe._C has one too
   m.attr("TILE") = cuda::kTile;
   m.attr("SEGMENT") = cuda::kSegment;
   m.attr("MAX_CANDIDATES") = cuda::kMaxCandidates;

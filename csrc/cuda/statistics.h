@@ -55,9 +55,9 @@ struct Statistics {
 // The `count` largest logits of a row with their ids, by descending logit, then ascending id.
 struct Candidates {
   Logits logits;
-  Correction second;                               // whose logits are asked for, if there is one
-  const float* tile_max;                           // [n, tiles]
-  const float *max_logit, *max_logprob, *entropy;  // [n]; NaN: no distribution; the last two for the rule
+  Correction second;                     // whose logits are asked for, if there is one
+  const float* tile_max;                 // [n, tiles]
+  const float *max_logit, *max_logprob;  // [n]; NaN: no distribution; the second for the rule
   std::int64_t top_k;
   float* topk_logits;      // [n, top_k]
   std::int64_t* topk_ids;  // [n, top_k]

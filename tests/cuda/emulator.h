@@ -6,6 +6,7 @@
 // next: a kernel that lacks a barrier gives different results in the two.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -58,28 +59,38 @@ struct Warp {
   std::uint64_t slots[kWarp] = {};
 };
 
+// A stack and where it stands. Fibers are kept from block to block; between them they switch by setjmp, as
+// swapcontext asks the kernel each time.
+struct Fiber {
+  static constexpr std::size_t kStack = 64 * 1024;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  ucontext_t start;
+  jmp_buf place;
+  bool started = false, done = true;
+};
+
 class Block {
  public:
   Block(unsigned threads, std::size_t shared_bytes, std::function<void()> body)
-      : body_(std::move(body)), shared_(shared_bytes), warps_((threads + kWarp - 1) / kWarp) {
-    fibers_.reserve(threads);
+      : body_(std::move(body)),
+        shared_(shared_bytes),
+        warps_((threads + kWarp - 1) / kWarp),
+        present_(threads) {
+    while (fibers().size() < threads) fibers().push_back(std::make_unique<Fiber>());
     for (unsigned i = 0; i < threads; ++i) {
-      fibers_.push_back(std::make_unique<Fiber>());
+      fibers()[i]->done = false;
       warps_[i / kWarp].present += 1;
     }
   }
 
   void run() {
     current_block = this;
-    present_ = static_cast<unsigned>(fibers_.size());
+    const unsigned threads = present_;
     const char* order = std::getenv("PYQE_EMULATOR_ORDER");
     const bool reverse = order && std::string(order) == "reverse";
-    for (unsigned i = 0; i < fibers_.size(); ++i) start(i);
     while (present_ > 0) {
       const std::uint64_t before = progress_;
-      for (unsigned i = 0; i < fibers_.size(); ++i) {
-        resume(reverse ? static_cast<unsigned>(fibers_.size()) - 1 - i : i);
-      }
+      for (unsigned i = 0; i < threads; ++i) resume(reverse ? threads - 1 - i : i);
       if (progress_ == before)
         throw std::logic_error("emulator: threads wait at barriers that others do not reach");
     }
@@ -89,7 +100,6 @@ class Block {
   unsigned char* shared() { return shared_.data(); }
   Warp& warp() { return warps_[running_ / kWarp]; }
   unsigned lane() const { return running_ % kWarp; }
-  unsigned size() const { return present_; }
 
   void wait(Barrier& barrier, unsigned expected) {
     const std::uint64_t generation = barrier.generation;
@@ -98,24 +108,19 @@ class Block {
     while (barrier.generation == generation) yield();
   }
 
-  void wait_for_block() {
-    const std::uint64_t generation = barrier_.generation;
-    barrier_.waiting += 1;
-    if (barrier_.waiting == present_) open(barrier_);
-    while (barrier_.generation == generation) yield();
-  }
+  void wait_for_block() { wait(barrier_, present_); }
 
   static inline Block* current_block = nullptr;
 
  private:
-  struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack{new char[kStack]};
-    bool done = false;
-  };
-  static constexpr std::size_t kStack = 64 * 1024;
+  static std::vector<std::unique_ptr<Fiber>>& fibers() {
+    static std::vector<std::unique_ptr<Fiber>> all;
+    return all;
+  }
 
-  static void enter() { current_block->body(); }
+  static void fiber_main() {
+    for (;;) current_block->body();
+  }
 
   void body() {
     try {
@@ -123,12 +128,12 @@ class Block {
     } catch (...) {
       error_ = std::current_exception();
     }
-    fibers_[running_]->done = true;
+    fibers()[running_]->done = true;
     progress_ += 1;
     present_ -= 1;
     warps_[running_ / kWarp].present -= 1;
     if (present_ > 0 && barrier_.waiting == present_) open(barrier_);
-    swapcontext(&fibers_[running_]->context, &scheduler_);
+    yield();
   }
 
   void open(Barrier& barrier) {
@@ -137,34 +142,32 @@ class Block {
     progress_ += 1;
   }
 
-  void start(unsigned i) {
-    Fiber& fiber = *fibers_[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = &scheduler_;
-    makecontext(&fiber.context, &Block::enter, 0);
-  }
-
   void resume(unsigned i) {
-    if (fibers_[i]->done) return;
+    Fiber& fiber = *fibers()[i];
+    if (fiber.done) return;
     running_ = i;
     threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
-    swapcontext(&scheduler_, &fibers_[i]->context);
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = Fiber::kStack;
+    makecontext(&fiber.start, &Block::fiber_main, 0);
+    setcontext(&fiber.start);
   }
 
   void yield() {
-    const unsigned self = running_;
-    swapcontext(&fibers_[self]->context, &scheduler_);
+    Fiber& fiber = *fibers()[running_];
+    if (_setjmp(fiber.place) == 0) _longjmp(scheduler_, 1);
   }
 
   std::function<void()> body_;
   std::vector<unsigned char> shared_;
   std::vector<Warp> warps_;
-  std::vector<std::unique_ptr<Fiber>> fibers_;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   Barrier barrier_;
-  unsigned present_ = 0, running_ = 0;
+  unsigned present_, running_ = 0;
   std::uint64_t progress_ = 0;
   std::exception_ptr error_;
 };
