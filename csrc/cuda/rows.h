@@ -7,7 +7,8 @@
 
 namespace pyqe::cuda {
 
-template <class T>
+// With kPlain the elements are the logits.
+template <class T, bool kPlain = false>
 struct LogitRow {
   const T* logits;      // the row
   const float* bias;    // [vocab] or null
@@ -27,6 +28,7 @@ struct LogitRow {
 
   // The logit that an element stands for.
   __device__ float finish(float element, std::int64_t column) const {
+    if (kPlain) return element;
     float z = row_scale * element;
     if (bias) z += bias[column];
     if (addend) z += addend[column];
@@ -55,6 +57,11 @@ struct LogitRow {
     for (int i = 0; i < 8; ++i) z[i] = column + i < vocab ? at(column + i) : -INFINITY;
   }
 };
+
+inline bool is_plain(const Logits& logits) {
+  return !logits.bias && !logits.addend && !logits.row_scale && !logits.row_shift && logits.scale == 1 &&
+         logits.softcap == 0;
+}
 
 // A row of the second head's logits, made of the first one's.
 struct CorrectedRow {

@@ -45,23 +45,26 @@ __device__ void write_tile_max(const Position& at, const float (&z)[kHeld], floa
   }
 }
 
-// The first token whose logit is `max`, which is the segment's.
+// The first token whose logit is `max`, which is the segment's; INT64_MAX where all are NaN.
 __device__ std::int64_t first_at(const Position& at, const float (&z)[kHeld], float thread_max, float max,
-                                 std::int64_t vocab, std::int64_t* scratch) {
-  std::int64_t first = vocab;
+                                 int* scratch) {
+  int first = kSegment;  // counted from the start of the segment
   if (thread_max == max) {
+    const int start = static_cast<int>(at.column(0) - at.segment * kSegment);
 #pragma unroll
     for (int i = kHeld - 1; i >= 0; --i) {
-      if (z[i] == max && at.column(i / 8) + i % 8 < first) first = at.column(i / 8) + i % 8;
+      if (z[i] == max) first = start + i / 8 * (kWarps * kTile) + i % 8;
     }
   }
-  const auto smaller = [](std::int64_t a, std::int64_t b) { return a < b ? a : b; };
-  const auto within_warp = [&](std::int64_t value) {
-    for (int bits = kWarp / 2; bits > 0; bits /= 2)
+  const auto smaller = [](int a, int b) { return a < b ? a : b; };
+  const auto within_warp = [&](int value) {
+    for (int bits = kWarp / 2; bits > 0; bits /= 2) {
       value = smaller(value, __shfl_xor_sync(kAllLanes, value, bits));
+    }
     return value;
   };
-  return block_reduce(first, scratch, within_warp, smaller);
+  first = block_reduce(first, scratch, within_warp, smaller);
+  return first < kSegment ? at.segment * kSegment + first : INT64_MAX;
 }
 
 // Sums of all threads, in the order of warps; whole in thread 0 alone.
@@ -84,14 +87,14 @@ __device__ void add_up(float (&sums)[3], float (*scratch)[3]) {
 struct Shared {
   float max[kWarps];
   float sums[kWarps][3];
-  std::int64_t ids[kWarps];
+  int ids[kWarps];
 };
 
 __device__ void softmax_segment(const SoftmaxRequest& request, const Position& at, const float (&z)[kHeld],
                                 std::int64_t vocab, Shared& shared) {
   if (request.tile_max) write_tile_max(at, z, request.tile_max);
   const float thread_max = largest(z), max = block_max(thread_max, shared.max);
-  const std::int64_t argmax = first_at(at, z, thread_max, max, vocab, shared.ids);
+  const std::int64_t argmax = first_at(at, z, thread_max, max, shared.ids);
   float sums[3] = {};     // e^d, d e^d, e^(d / T)
   if (max > -INFINITY) {  // else there is no d
 #pragma unroll
@@ -117,7 +120,7 @@ __device__ void sigmoid_segment(const SigmoidRequest& request, const Position& a
                                 std::int64_t vocab, Shared& shared) {
   if (request.tile_max) write_tile_max(at, z, request.tile_max);
   const float thread_max = largest(z), max = block_max(thread_max, shared.max);
-  const std::int64_t argmax = first_at(at, z, thread_max, max, vocab, shared.ids);
+  const std::int64_t argmax = first_at(at, z, thread_max, max, shared.ids);
   float sums[3] = {};  // probabilities, tokens above the threshold
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
@@ -132,12 +135,12 @@ __device__ void sigmoid_segment(const SigmoidRequest& request, const Position& a
 }
 
 // With a second head, its logits are made of the first one's where those are at hand.
-template <class T, bool kSecond>
-__global__ void __launch_bounds__(kThreads) read_segments(Statistics args) {
+template <class T, bool kPlain, bool kSecond>
+__global__ void __launch_bounds__(kThreads, 3) read_segments(Statistics args) {
   __shared__ Shared shared;
   const std::int64_t vocab = args.logits.vocab;
   const Position at(args.logits);
-  const LogitRow<T> row(args.logits, at.row);
+  const LogitRow<T, kPlain> row(args.logits, at.row);
   float z[kHeld];
 #pragma unroll
   for (int i = 0; i < kTilesOfWarp; ++i) row.eight(at.column(i), reinterpret_cast<float(&)[8]>(z[i * 8]));
@@ -260,7 +263,9 @@ void row_statistics(const Statistics& args, Stream stream) {
   const dim3 blocks(static_cast<unsigned>(args.logits.n * segments_of(args.logits.vocab)));
   for_dtype(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto read = args.second.scale ? read_segments<T, true> : read_segments<T, false>;
+    const auto read = args.second.scale       ? read_segments<T, false, true>
+                      : is_plain(args.logits) ? read_segments<T, true, false>
+                                              : read_segments<T, false, false>;
     launch(read, blocks, dim3(kThreads), 0, stream, args);
     launch(finish_rows<T>, dim3(static_cast<unsigned>(args.logits.n)), dim3(kWarp), 0, stream, args);
   });

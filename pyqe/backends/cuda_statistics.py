@@ -410,15 +410,17 @@ def linear_joint_stats(
     threshold: float | None,
 ) -> tuple[Tensor, ...]:
     n, vocab_size = len(hidden), len(weight)
-    scale, shift, token_bias = map(float_vector, (scale, shift, token_bias))
+    scale, shift, token_bias = scale.float(), shift.float(), float_vector(token_bias)
     softmax = _Softmax(n, vocab_size, hidden.device, top_k, temperature, entropy, dominant)
     sigmoid = _Sigmoid(n, vocab_size, hidden.device, sigmoid_top_k, threshold)
     asked = _Pass(n, vocab_size, hidden.device, (token_ids, choice_ids), softmax, sigmoid)
 
     def blocks() -> Iterator[Block]:
         for rows, source, _ in _head(hidden, weight, bias, logit_scale, logit_softcap):
-            addend = None if projected is None else projected[rows].float() @ factors.float().T
-            yield rows, source, Second(scale[rows], shift[rows], token_bias, addend)
+            addend = None
+            if projected is not None and factors is not None:
+                addend = projected[rows].float() @ factors.float().T
+            yield rows, source, Second(scale[rows].contiguous(), shift[rows].contiguous(), token_bias, addend)
 
     asked.run(blocks())
     n_tokens = 0 if token_ids is None else token_ids.shape[1]
