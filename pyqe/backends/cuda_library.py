@@ -63,6 +63,11 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def row_pointer(matrix: Tensor, row: int) -> int:
+    """Where a row starts; slicing would cost a tensor."""
+    return matrix.data_ptr() + row * matrix.stride(0) * matrix.element_size()
+
+
 def rows_of(matrix: Tensor) -> Tensor:
     """The same matrix with elements of a row next to each other; rows may be apart."""
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyqe.backends import reference
-from pyqe.backends.cuda_library import CODES, float_vector, library, on_its_device, pointer, rows_of, stream
+from pyqe.backends.cuda_library import (
+    CODES,
+    float_vector,
+    library,
+    on_its_device,
+    pointer,
+    row_pointer,
+    rows_of,
+    stream,
+)
 from pyqe.backends.cuda_product import row_chunks
 from pyqe.dominant import DominantRule
 
@@ -75,34 +85,24 @@ def _empty_ids(device: torch.device, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device=device)
 
 
-@dataclass
 class _Scratch:
-    """Memory that the kernels need for so many rows; one allocation, used again for every chunk."""
+    """Memory that the kernels need for so many rows; one allocation, used again for every block."""
 
-    softmax: int = 0
-    sigmoid: int = 0
-    softmax_tiles: int = 0
-    sigmoid_tiles: int = 0
-    memory: Tensor | None = None  # keeps it alive
-
-    @classmethod
-    def of(cls, n: int, vocab_size: int, device: torch.device, **tiles: bool | None) -> _Scratch:
-        """For softmax and sigmoid statistics: absent without, else whether tiles are needed."""
-        segments, n_tiles = -(-vocab_size // library.SEGMENT), -(-vocab_size // library.TILE)
-        sizes = {}
-        for name, with_tiles in tiles.items():
-            if with_tiles is None:
-                continue
-            partial = library.SOFTMAX_PARTIAL_BYTES if name == "softmax" else library.SIGMOID_PARTIAL_BYTES
-            sizes[name] = n * segments * partial
-            if with_tiles:
-                sizes[f"{name}_tiles"] = -(-n * n_tiles * 4 // 16) * 16
-        memory = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
-        scratch, place = cls(memory=memory), memory.data_ptr()
-        for name, size in sizes.items():
-            setattr(scratch, name, place)
-            place += size
-        return scratch
+    def __init__(
+        self, n: int, vocab_size: int, device: torch.device, softmax: _Softmax | None, sigmoid: _Sigmoid | None
+    ) -> None:
+        segments = n * -(-vocab_size // library.SEGMENT)
+        tiles = -(-n * -(-vocab_size // library.TILE) * 4 // 16) * 16  # bytes
+        sizes = (
+            segments * library.SOFTMAX_PARTIAL_BYTES if softmax else 0,
+            segments * library.SIGMOID_PARTIAL_BYTES if sigmoid else 0,
+            tiles if softmax and softmax.wants_tiles else 0,
+            tiles if sigmoid and sigmoid.wants_tiles else 0,
+        )
+        self.memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        place, starts = self.memory.data_ptr(), accumulate(sizes[:-1], initial=0)
+        places = [place + before if size else 0 for size, before in zip(sizes, starts, strict=True)]
+        self.softmax, self.sigmoid, self.softmax_tiles, self.sigmoid_tiles = places
 
 
 def _sorted_top(logits: Tensor, top_k: int, invalid: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,11 +150,11 @@ class _Softmax:
             scratch.softmax,
             scratch.softmax_tiles,
             1.0 / (self.temperature or 1.0),
-            self.max_logit[rows].data_ptr(),
-            self.max_logprob[rows].data_ptr(),
-            self.argmax[rows].data_ptr(),
-            self.entropy[rows].data_ptr() if self.entropy.dim() == 1 else 0,
-            0 if self.temperature is None else self.tempered[rows].data_ptr(),
+            row_pointer(self.max_logit, rows.start),
+            row_pointer(self.max_logprob, rows.start),
+            row_pointer(self.argmax, rows.start),
+            row_pointer(self.entropy, rows.start) if self.entropy.dim() == 1 else 0,
+            0 if self.temperature is None else row_pointer(self.tempered, rows.start),
         )
 
     def find_candidates(self, logits: Any, source: Rows, rows: slice, scratch: _Scratch) -> None:
@@ -167,16 +167,16 @@ class _Softmax:
                 logits,
                 library.correction(),
                 tile_max=scratch.softmax_tiles,
-                max_logit=self.max_logit[rows].data_ptr(),
-                max_logprob=self.max_logprob[rows].data_ptr(),
+                max_logit=row_pointer(self.max_logit, rows.start),
+                max_logprob=row_pointer(self.max_logprob, rows.start),
                 top_k=self.top_k,
-                topk_logits=self.topk_logits[rows].data_ptr(),
-                topk_ids=self.topk_ids[rows].data_ptr(),
+                topk_logits=row_pointer(self.topk_logits, rows.start),
+                topk_ids=row_pointer(self.topk_ids, rows.start),
                 rule=library.rule(kind, rule.cut == "last", rule.ratio, rule.epsilon, rule.p, rule.k),
                 members=self.members,
-                dominant_ids=self.dominant_ids[rows].data_ptr(),
-                size=self.size[rows].data_ptr(),
-                mass=self.mass[rows].data_ptr(),
+                dominant_ids=row_pointer(self.dominant_ids, rows.start),
+                size=row_pointer(self.size, rows.start),
+                mass=row_pointer(self.mass, rows.start),
                 stream=stream(source.matrix),
             )
 
@@ -225,10 +225,10 @@ class _Sigmoid:
             scratch.sigmoid,
             scratch.sigmoid_tiles,
             0.0 if self.threshold is None else reference.threshold_logit(self.threshold),
-            self.max_logit[rows].data_ptr(),
-            self.sum_prob[rows].data_ptr(),
-            self.argmax[rows].data_ptr(),
-            0 if self.threshold is None else self.above[rows].data_ptr(),
+            row_pointer(self.max_logit, rows.start),
+            row_pointer(self.sum_prob, rows.start),
+            row_pointer(self.argmax, rows.start),
+            0 if self.threshold is None else row_pointer(self.above, rows.start),
         )
 
     def find_candidates(
@@ -242,11 +242,11 @@ class _Sigmoid:
                 logits,
                 second,
                 tile_max=scratch.sigmoid_tiles,
-                max_logit=self.max_logit[rows].data_ptr(),
+                max_logit=row_pointer(self.max_logit, rows.start),
                 max_logprob=0,
                 top_k=self.top_k,
-                topk_logits=self.topk_logits[rows].data_ptr(),
-                topk_ids=self.topk_ids[rows].data_ptr(),
+                topk_logits=row_pointer(self.topk_logits, rows.start),
+                topk_ids=row_pointer(self.topk_ids, rows.start),
                 rule=library.rule(0, False, 0.0, 0.0, 0.0, 0),
                 members=0,
                 dominant_ids=0,
@@ -287,13 +287,7 @@ class _Pass:
         scratch = None
         for rows, source, second in blocks:
             if scratch is None:  # the first block is the largest
-                scratch = _Scratch.of(
-                    len(source.matrix),
-                    self.vocab_size,
-                    self.device,
-                    softmax=self.softmax.wants_tiles if self.softmax else None,
-                    sigmoid=self.sigmoid.wants_tiles if self.sigmoid else None,
-                )
+                scratch = _Scratch(len(source.matrix), self.vocab_size, self.device, self.softmax, self.sigmoid)
             self._read(rows, source, second, scratch)
 
     def _read(self, rows: slice, source: Rows, second: Second | None, scratch: _Scratch) -> None:
@@ -304,10 +298,10 @@ class _Pass:
             correction,
             self.softmax.request(rows, scratch) if self.softmax else library.softmax_request(),
             self.sigmoid.request(rows, scratch) if self.sigmoid else library.sigmoid_request(),
-            token_ids=0 if self.ids is None else self.ids[rows].data_ptr(),
+            token_ids=0 if self.ids is None else row_pointer(self.ids, rows.start),
             n_tokens=0 if self.ids is None else self.ids.shape[1],
-            softmax_tokens=self.softmax_tokens[rows].data_ptr() if self.softmax else 0,
-            sigmoid_tokens=self.sigmoid_tokens[rows].data_ptr() if self.sigmoid else 0,
+            softmax_tokens=row_pointer(self.softmax_tokens, rows.start) if self.softmax else 0,
+            sigmoid_tokens=row_pointer(self.sigmoid_tokens, rows.start) if self.sigmoid else 0,
             stream=stream(source.matrix),
         )
         if self.softmax:
