@@ -12,8 +12,8 @@
 // g + t. Which k of memory these are is ours to choose, if it is the same for both operands: the thread takes
 // the eight consecutive k from 8 t on out of 32, one load of 16 bytes a row, whose halves feed two products.
 //
-// A dot is one chain of products over ascending k, padded with zeros to a multiple of 64, whatever the number
-// of tokens: its bits do not depend on what other rows are in the call.
+// A dot is one chain of products over all k, padded with zeros to a multiple of 64, in one order whatever the
+// number of tokens: its bits do not depend on what other rows are in the call.
 #include "cuda/decode.h"
 #include "cuda/tensor_core.h"
 
