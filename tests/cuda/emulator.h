@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -69,11 +70,30 @@ struct Fiber {
   bool started = false, done = true;
 };
 
+// What a thread has started to copy into shared memory: a group to be closed, and the groups that are, oldest
+// first.
+struct Copies {
+  using Group = std::vector<std::function<void()>>;
+  Group open;
+  std::deque<Group> groups;
+
+  static void run(Group& group) {
+    for (const auto& copy : group) copy();
+    group.clear();
+  }
+};
+
+inline bool reverse_order() {
+  const char* order = std::getenv("PYQE_EMULATOR_ORDER");
+  return order && std::string(order) == "reverse";
+}
+
 class Block {
  public:
   Block(unsigned threads, std::size_t shared_bytes, std::function<void()> body)
       : body_(std::move(body)),
-        shared_(shared_bytes),
+        shared_(shared_bytes, 0xff),  // NaN: what was not written shows
+        copies_(threads),
         warps_((threads + kWarp - 1) / kWarp),
         present_(threads) {
     while (fibers().size() < threads) fibers().push_back(std::make_unique<Fiber>());
@@ -86,8 +106,7 @@ class Block {
   void run() {
     current_block = this;
     const unsigned threads = present_;
-    const char* order = std::getenv("PYQE_EMULATOR_ORDER");
-    const bool reverse = order && std::string(order) == "reverse";
+    const bool reverse = reverse_order();
     while (present_ > 0) {
       const std::uint64_t before = progress_;
       for (unsigned i = 0; i < threads; ++i) resume(reverse ? threads - 1 - i : i);
@@ -100,6 +119,7 @@ class Block {
   unsigned char* shared() { return shared_.data(); }
   Warp& warp() { return warps_[running_ / kWarp]; }
   unsigned lane() const { return running_ % kWarp; }
+  Copies& copies() { return copies_[running_]; }
 
   void wait(Barrier& barrier, unsigned expected) {
     const std::uint64_t generation = barrier.generation;
@@ -164,6 +184,7 @@ class Block {
 
   std::function<void()> body_;
   std::vector<unsigned char> shared_;
+  std::vector<Copies> copies_;
   std::vector<Warp> warps_;
   jmp_buf scheduler_;
   Barrier barrier_;
