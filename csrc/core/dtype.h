@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/host_device.h"
+
 namespace pyqe {
 
 // The codes that cross the language boundary.
@@ -21,23 +23,25 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-static inline std::uint32_t bits_of(float value) {
+static PYQE_HOST_DEVICE inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline float float_from_bits(std::uint32_t bits) {
+static PYQE_HOST_DEVICE inline float float_from_bits(std::uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-static inline float to_float(float value) { return value; }
+static PYQE_HOST_DEVICE inline float to_float(float value) { return value; }
 
-static inline float to_float(BFloat16 value) { return float_from_bits(std::uint32_t{value.bits} << 16); }
+static PYQE_HOST_DEVICE inline float to_float(BFloat16 value) {
+  return float_from_bits(std::uint32_t{value.bits} << 16);
+}
 
-static inline float to_float(Float16 value) {
+static PYQE_HOST_DEVICE inline float to_float(Float16 value) {
   const std::uint32_t sign = (value.bits & 0x8000u) << 16;
   const std::uint32_t exponent = (value.bits >> 10) & 0x1fu;
   const std::uint32_t mantissa = value.bits & 0x3ffu;
@@ -53,14 +57,14 @@ static inline float to_float(Float16 value) {
 }
 
 // Both narrowing conversions round to nearest, ties to even, and keep NaN a NaN.
-static inline BFloat16 to_bfloat16(float value) {
+static PYQE_HOST_DEVICE inline BFloat16 to_bfloat16(float value) {
   const std::uint32_t bits = bits_of(value);
   if (value != value) return {static_cast<std::uint16_t>(bits >> 16 | 0x40u)};
   // A carry out of the mantissa moves into the exponent, which is the rounding up that is wanted.
   return {static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
-static inline Float16 to_float16(float value) {
+static PYQE_HOST_DEVICE inline Float16 to_float16(float value) {
   const std::uint32_t sign = bits_of(value) >> 16 & 0x8000u;
   const std::uint32_t magnitude = bits_of(value) & 0x7fffffffu;
   std::uint32_t narrowed;

@@ -4,11 +4,13 @@
 
 #include <cstdint>
 
+#include "core/host_device.h"
+
 namespace pyqe {
 
 // In [0, 1), with 53 random bits, for one draw of a row in a stream.
-static inline double uniform(std::uint64_t seed, std::uint32_t stream, std::uint64_t row,
-                             std::uint32_t draw) {
+static PYQE_HOST_DEVICE inline double uniform(std::uint64_t seed, std::uint32_t stream, std::uint64_t row,
+                                              std::uint32_t draw) {
   std::uint32_t c0 = draw, c1 = static_cast<std::uint32_t>(row), c2 = static_cast<std::uint32_t>(row >> 32),
                 c3 = stream;
   std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);

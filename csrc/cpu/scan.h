@@ -7,6 +7,7 @@
 // threads or of rows.
 #pragma once
 
+#include "core/partials.h"
 #include "cpu/operations.h"
 
 namespace pyqe::cpu {
@@ -26,41 +27,6 @@ struct Logits {
   float scale, bias_scale, softcap;  // softcap 0: none
   std::int64_t n, dim, vocab;
   DType dtype;  // of logits, hidden, weight and bias
-};
-
-// sum = sum e^(z - max), weighted = sum (z - max) e^(z - max), tempered = sum e^((z - max) / T), over the
-// tokens seen.
-struct SoftmaxPartial {
-  float max;
-  std::int64_t argmax;
-  double sum, weighted, tempered;
-};
-
-// With d = z - max: sum = sum e^(beta d), weighted = sum d e^(beta d), squared = sum d^2 e^(beta d).
-struct MomentsPartial {
-  float max;
-  double sum, weighted, squared;
-};
-
-// Makes `largest`, at least as large as the maximum, the number that the sums are relative to. Internal
-// linkage, as this header is compiled into files with different instruction sets.
-//
-// With d' = d + shift: e^(beta d') = f e^(beta d) for f = e^(beta shift), and d'^2 = d^2 + 2 shift d +
-// shift^2.
-static inline void rebase(MomentsPartial& partial, float largest, double beta) {
-  if (partial.max != -__builtin_inff()) {
-    const double shift = static_cast<double>(partial.max) - largest, factor = __builtin_exp(beta * shift);
-    partial.squared = factor * (partial.squared + shift * (2 * partial.weighted + shift * partial.sum));
-    partial.weighted = factor * (partial.weighted + shift * partial.sum);
-    partial.sum *= factor;
-  }
-  partial.max = largest;
-}
-
-struct SigmoidPartial {
-  float max;
-  std::int64_t argmax, above;
-  double sum;  // of the probabilities
 };
 
 // Tokens that may be among the largest of their row. All above `floor` are kept; what is left out or thrown

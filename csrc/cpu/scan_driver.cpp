@@ -137,52 +137,6 @@ float CandidateKeeper::collect(std::int64_t row, const SoftmaxPartial* total,
   return dropped;
 }
 
-SoftmaxPartial merged_softmax(const Scan& scan, std::int64_t row) {
-  const SoftmaxPartial* parts = scan.softmax_partials + row * scan.segments;
-  SoftmaxPartial total = {-kInfinity, -1, 0, 0, 0};
-  for (std::int64_t s = 0; s < scan.segments; ++s) {
-    if (parts[s].max > total.max) total.max = parts[s].max, total.argmax = parts[s].argmax;
-  }
-  const double beta = scan.inverse_temperature;
-  for (std::int64_t s = 0; s < scan.segments; ++s) {
-    const SoftmaxPartial& part = parts[s];
-    if (part.max == -kInfinity) {  // nothing but -infinity, or NaN, which the sum holds
-      total.sum += part.sum;
-      continue;
-    }
-    const double shift = static_cast<double>(part.max) - total.max, factor = std::exp(shift);
-    total.sum += factor * part.sum;
-    if (factor > 0) total.weighted += factor * (part.weighted + shift * part.sum);
-    total.tempered += std::exp(beta * shift) * part.tempered;
-  }
-  return total;
-}
-
-SigmoidPartial merged_sigmoid(const Scan& scan, std::int64_t row) {
-  SigmoidPartial total = {-kInfinity, 0, 0, 0};
-  for (std::int64_t s = 0; s < scan.segments; ++s) {
-    const SigmoidPartial& part = scan.sigmoid_partials[row * scan.segments + s];
-    if (part.max > total.max) total.max = part.max, total.argmax = part.argmax;
-    total.above += part.above;
-    total.sum += part.sum;
-  }
-  return total;
-}
-
-MomentsPartial merged_moments(const Scan& scan, std::int64_t row) {
-  const MomentsPartial* parts = scan.moments_partials + row * scan.segments;
-  MomentsPartial total = {-kInfinity, 0, 0, 0};
-  for (std::int64_t s = 0; s < scan.segments; ++s) total.max = std::max(total.max, parts[s].max);
-  for (std::int64_t s = 0; s < scan.segments; ++s) {
-    MomentsPartial part = parts[s];
-    rebase(part, total.max, scan.moments_beta);
-    total.sum += part.sum;
-    total.weighted += part.weighted;
-    total.squared += part.squared;
-  }
-  return total;
-}
-
 std::int64_t dominant_size(const DominantRule& rule, std::int64_t members, std::int64_t vocab,
                            const std::vector<Candidate>& found, float dropped, const SoftmaxPartial& total,
                            double entropy) {

@@ -1,7 +1,6 @@
 // How the operations on statistics run a scan: rows in groups, work spread over threads, candidates kept.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -76,27 +75,22 @@ void for_each_row(const Scan& scan, int threads, const Body& body) {
 std::int64_t group_rows(const Logits& logits);
 
 // The partial results of a row of the group, merged.
-SoftmaxPartial merged_softmax(const Scan& scan, std::int64_t row);
-SigmoidPartial merged_sigmoid(const Scan& scan, std::int64_t row);
-MomentsPartial merged_moments(const Scan& scan, std::int64_t row);
+inline SoftmaxPartial merged_softmax(const Scan& scan, std::int64_t row) {
+  return merged(scan.softmax_partials + row * scan.segments, scan.segments, scan.inverse_temperature);
+}
 
-inline double probability(float logit, const SoftmaxPartial& total) {
-  return std::exp(static_cast<double>(logit) - total.max) / total.sum;
+inline SigmoidPartial merged_sigmoid(const Scan& scan, std::int64_t row) {
+  return merged(scan.sigmoid_partials + row * scan.segments, scan.segments);
+}
+
+inline MomentsPartial merged_moments(const Scan& scan, std::int64_t row) {
+  return merged(scan.moments_partials + row * scan.segments, scan.segments, scan.moments_beta);
 }
 
 // How many of the candidates found, largest first, are dominant; -1 where it takes more of them to tell.
 std::int64_t dominant_size(const DominantRule& rule, std::int64_t members, std::int64_t vocab,
                            const std::vector<Candidate>& found, float dropped, const SoftmaxPartial& total,
                            double entropy);
-
-// Entropy in nats, and whether the row has a distribution at all.
-inline double entropy_of(const SoftmaxPartial& total) {
-  return std::fmax(0.0, std::log(total.sum) - total.weighted / total.sum);
-}
-
-inline bool is_distribution(const SoftmaxPartial& total) {
-  return std::isfinite(total.max) && !std::isnan(total.sum);
-}
 
 // Hidden states in the form in which the scan multiplies them.
 std::vector<float> packed_rows(const Logits& from, std::int64_t first_row, std::int64_t rows, int threads);

@@ -66,18 +66,6 @@ std::int64_t find(const float* z, std::int64_t count, float value) {
 
 // --- accumulators ------------------------------------------------------------------------------------------
 
-// Makes `largest` the number that the sums are relative to.
-inline void rebase(SoftmaxPartial& partial, float largest, float inverse_temperature) {
-  if (partial.max != -kInfinity) {
-    const double shift = static_cast<double>(partial.max) - largest;
-    const double factor = __builtin_exp(shift);
-    partial.weighted = factor * (partial.weighted + shift * partial.sum);
-    partial.sum *= factor;
-    partial.tempered *= __builtin_exp(shift * inverse_temperature);
-  }
-  partial.max = largest;
-}
-
 template <class Isa, bool kEntropy, bool kTempered>
 void add_softmax(const float* z, std::int64_t count, Ahead ahead, float inverse_temperature,
                  SoftmaxPartial& partial) {
@@ -269,9 +257,9 @@ void consume(const Scan& scan, const float* z, std::int64_t count, Ahead ahead, 
 
 inline void start_segment(const Scan& scan, std::int64_t row, std::int64_t segment) {
   const std::int64_t place = row * scan.segments + segment;
-  if (scan.softmax) scan.softmax_partials[place] = {-kInfinity, -1, 0, 0, 0};
-  if (scan.sigmoid) scan.sigmoid_partials[place] = {-kInfinity, -1, 0, 0};
-  if (scan.moments) scan.moments_partials[place] = {-kInfinity, 0, 0, 0};
+  if (scan.softmax) clear(scan.softmax_partials[place]);
+  if (scan.sigmoid) clear(scan.sigmoid_partials[place]);
+  if (scan.moments) clear(scan.moments_partials[place]);
 }
 
 // The list of the thread learns what the segment adds to the softmax of the row.
