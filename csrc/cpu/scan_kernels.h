@@ -23,19 +23,6 @@ __attribute__((always_inline)) inline void for_each_vector(const float* z, std::
   body(load_vector<Isa>(end));
 }
 
-// Memory that is fetched while vectors are reduced, `step` bytes for each: what the next call will read.
-struct Ahead {
-  const char* from;
-  std::int64_t step;
-
-  void fetch() {
-    __builtin_prefetch(from);
-    from += step;
-  }
-};
-
-inline Ahead nothing_ahead(const void* at) { return {static_cast<const char*>(at), 0}; }
-
 // The largest number; NaN is passed over (the sums tell of it).
 template <class Isa>
 float largest_of(const float* z, std::int64_t count) {
@@ -67,14 +54,12 @@ std::int64_t find(const float* z, std::int64_t count, float value) {
 // --- accumulators ------------------------------------------------------------------------------------------
 
 template <class Isa, bool kEntropy, bool kTempered>
-void add_softmax(const float* z, std::int64_t count, Ahead ahead, float inverse_temperature,
-                 SoftmaxPartial& partial) {
+void add_softmax(const float* z, std::int64_t count, float inverse_temperature, SoftmaxPartial& partial) {
   using F32 = typename Isa::F32;
   const F32 base = broadcast<Isa>(partial.max == -kInfinity ? 0.0f : partial.max);
   const F32 lowest = broadcast<Isa>(Isa::kLowestExponent), beta = broadcast<Isa>(inverse_temperature);
   F32 sum = {}, weighted = {}, tempered = {};
   for_each_vector<Isa>(z, count, [&](F32 v) {
-    ahead.fetch();
     const F32 shifted = v - base, power = exp<Isa>(shifted);
     sum += power;
     if (kEntropy) weighted = Isa::fma(Isa::max(lowest, shifted), power, weighted);  // -infinity * 0 is NaN
@@ -86,19 +71,19 @@ void add_softmax(const float* z, std::int64_t count, Ahead ahead, float inverse_
 }
 
 template <class Isa>
-void add_softmax(const Scan& scan, const float* z, std::int64_t count, Ahead ahead, std::int64_t first_id,
-                 float largest, SoftmaxPartial& partial) {
+void add_softmax(const Scan& scan, const float* z, std::int64_t count, std::int64_t first_id, float largest,
+                 SoftmaxPartial& partial) {
   const float beta = scan.inverse_temperature;
   if (largest > partial.max) {
     rebase(partial, largest, beta);
     partial.argmax = first_id + find<Isa>(z, count, largest);
   }
   if (scan.entropy) {
-    beta != 0 ? add_softmax<Isa, true, true>(z, count, ahead, beta, partial)
-              : add_softmax<Isa, true, false>(z, count, ahead, beta, partial);
+    beta != 0 ? add_softmax<Isa, true, true>(z, count, beta, partial)
+              : add_softmax<Isa, true, false>(z, count, beta, partial);
   } else {
-    beta != 0 ? add_softmax<Isa, false, true>(z, count, ahead, beta, partial)
-              : add_softmax<Isa, false, false>(z, count, ahead, beta, partial);
+    beta != 0 ? add_softmax<Isa, false, true>(z, count, beta, partial)
+              : add_softmax<Isa, false, false>(z, count, beta, partial);
   }
 }
 
@@ -123,8 +108,8 @@ void add_moments(const Scan& scan, const float* z, std::int64_t count, float lar
 }
 
 template <class Isa>
-void add_sigmoid(const Scan& scan, const float* z, std::int64_t count, Ahead ahead, std::int64_t first_id,
-                 float largest, SigmoidPartial& partial) {
+void add_sigmoid(const Scan& scan, const float* z, std::int64_t count, std::int64_t first_id, float largest,
+                 SigmoidPartial& partial) {
   using F32 = typename Isa::F32;
   if (largest > partial.max) {
     partial.max = largest;
@@ -134,7 +119,6 @@ void add_sigmoid(const Scan& scan, const float* z, std::int64_t count, Ahead ahe
   F32 sum = {};
   typename Isa::I32 above = {};
   for_each_vector<Isa>(z, count, [&](F32 v) {
-    ahead.fetch();
     sum += sigmoid<Isa>(v);
     above -= v > threshold;
   });
@@ -220,13 +204,13 @@ void add_tile(const Scan& scan, const float* z, std::int64_t count, std::int64_t
 
 // Logits z[0, count) of the tokens from first_id on, for one row (counted within the group).
 template <class Isa>
-void consume(const Scan& scan, const float* z, std::int64_t count, Ahead ahead, std::int64_t first_id,
-             std::int64_t row, int thread) {
+void consume(const Scan& scan, const float* z, std::int64_t count, std::int64_t first_id, std::int64_t row,
+             int thread) {
   const std::int64_t place = row * scan.segments + first_id / kSegment;
   const bool statistics = scan.softmax || scan.sigmoid || scan.candidates || scan.moments;
   const float largest = statistics ? largest_of<Isa>(z, count) : 0;
-  if (scan.softmax) add_softmax<Isa>(scan, z, count, ahead, first_id, largest, scan.softmax_partials[place]);
-  if (scan.sigmoid) add_sigmoid<Isa>(scan, z, count, ahead, first_id, largest, scan.sigmoid_partials[place]);
+  if (scan.softmax) add_softmax<Isa>(scan, z, count, first_id, largest, scan.softmax_partials[place]);
+  if (scan.sigmoid) add_sigmoid<Isa>(scan, z, count, first_id, largest, scan.sigmoid_partials[place]);
   if (scan.moments) add_moments<Isa>(scan, z, count, largest, scan.moments_partials[place]);
   if (scan.candidates) {
     Candidates& list = scan.lists[thread * scan.rows + row];
@@ -410,10 +394,10 @@ void scan_linear(const Scan& scan, std::int64_t segment, int thread) {
       const std::int64_t rows = scan.rows - row < kRows ? scan.rows - row : kRows;
       tile.multiply(scan.packed_rows + row * tile.depth, rows, count, nullptr, scan.first_row + row,
                     [&](std::int64_t r, const float* z) {
-                      consume<Isa>(scan, z, count, nothing_ahead(z), id, row + r, thread);
+                      consume<Isa>(scan, z, count, id, row + r, thread);
                       if (!second) return;
                       z = correction.correct(scan.first_row + row + r, id, z, count);
-                      consume<Isa>(*second, z, count, nothing_ahead(z), id, row + r, thread);
+                      consume<Isa>(*second, z, count, id, row + r, thread);
                     });
     }
   }
@@ -447,10 +431,7 @@ void scan_row(const Scan& scan, std::int64_t row, std::int64_t segment, int thre
   const std::int64_t count = rest < kSegment ? rest : kSegment;
   float buffer[kSegment];
   start_segment(scan, row, segment);
-  const Ahead ahead = {reinterpret_cast<const char*>(from + first + count),
-                       Isa::kWidth * static_cast<int>(sizeof(T))};
-  consume<Isa>(scan, as_floats<Isa>(from + first, count, buffer), count,
-               rest > count ? ahead : nothing_ahead(from), first, row, thread);
+  consume<Isa>(scan, as_floats<Isa>(from + first, count, buffer), count, first, row, thread);
   end_segment(scan, row, segment, thread);
 }
 
