@@ -133,7 +133,6 @@ def linear_logits(
     row_shift: int,
     *,
     scale: float,
-    bias_scale: float,
     softcap: float,
     n: int,
     dim: int,
@@ -142,7 +141,7 @@ def linear_logits(
     weight_stride: int,
     dtype: int,
 ) -> Logits:
-    """z[n, v] = scale row_scale[n] hidden[n] . weight[v] + bias_scale bias[v] + row_shift[n], capped by softcap.
+    """z[n, v] = scale (row_scale[n] hidden[n] . weight[v] + bias[v]) + row_shift[n], capped by softcap.
 
     A softcap of 0 is none. bias, row_scale and row_shift (the latter fp32) may be 0: none.
     """

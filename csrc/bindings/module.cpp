@@ -114,17 +114,15 @@ cpu::Logits existing_logits(Address logits, std::int64_t n, std::int64_t vocab, 
 }
 
 cpu::Logits linear_logits(Address hidden, Address weight, Address bias, Address row_scale, Address row_shift,
-                          double scale, double bias_scale, double softcap, std::int64_t n, std::int64_t dim,
-                          std::int64_t vocab, std::int64_t hidden_stride, std::int64_t weight_stride,
-                          int dtype) {
+                          double scale, double softcap, std::int64_t n, std::int64_t dim, std::int64_t vocab,
+                          std::int64_t hidden_stride, std::int64_t weight_stride, int dtype) {
   cpu::Logits from = {};
   from.hidden = matrix(hidden, hidden_stride);
   from.weight = matrix(weight, weight_stride);
   from.bias = pointer<const void>(bias);
   from.row_scale = pointer<const float>(row_scale);
   from.row_shift = pointer<const float>(row_shift);
-  from.scale = static_cast<float>(scale), from.bias_scale = static_cast<float>(bias_scale);
-  from.softcap = static_cast<float>(softcap);
+  from.scale = static_cast<float>(scale), from.softcap = static_cast<float>(softcap);
   from.n = n, from.dim = dim, from.vocab = vocab;
   from.dtype = static_cast<DType>(dtype);
   return from;
@@ -294,8 +292,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("existing_logits", existing_logits, arg("logits"), py::kw_only(), arg("n"), arg("vocab"),
              arg("stride"), arg("dtype"));
   module.def("linear_logits", linear_logits, arg("hidden"), arg("weight"), arg("bias"), arg("row_scale"),
-             arg("row_shift"), py::kw_only(), arg("scale"), arg("bias_scale"), arg("softcap"), arg("n"),
-             arg("dim"), arg("vocab"), arg("hidden_stride"), arg("weight_stride"), arg("dtype"));
+             arg("row_shift"), py::kw_only(), arg("scale"), arg("softcap"), arg("n"), arg("dim"),
+             arg("vocab"), arg("hidden_stride"), arg("weight_stride"), arg("dtype"));
   py::class_<DominantRule>(module, "DominantRule");
   module.def("dominant_rule", dominant_rule, py::kw_only(), arg("kind"), arg("last_cut"), arg("ratio"),
              arg("epsilon"), arg("p"), arg("k"));

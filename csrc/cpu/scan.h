@@ -15,16 +15,16 @@ namespace pyqe::cpu {
 constexpr std::int64_t kSegment = 1024, kTile = 256;
 
 // Where the logits of n rows over `vocab` tokens come from: a matrix of them, or
-//   z = scale row_scale[n] <hidden[n], weight[v]> + bias_scale bias[v] + row_shift[n],  then  softcap tanh(z
-//   / softcap).
+//   z = scale (row_scale[n] <hidden[n], weight[v]> + bias[v]) + row_shift[n]
+// and then softcap tanh(z / softcap).
 struct Logits {
-  Matrix logits;                     // [n, vocab], or null: hidden and weight
-  Matrix hidden;                     // [n, dim]
-  Matrix weight;                     // [vocab, dim]
-  const void* bias;                  // [vocab] or null
-  const float* row_scale;            // [n] or null
-  const float* row_shift;            // [n] or null
-  float scale, bias_scale, softcap;  // softcap 0: none
+  Matrix logits;           // [n, vocab], or null: hidden and weight
+  Matrix hidden;           // [n, dim]
+  Matrix weight;           // [vocab, dim]
+  const void* bias;        // [vocab] or null
+  const float* row_scale;  // [n] or null
+  const float* row_shift;  // [n] or null
+  float scale, softcap;    // softcap 0: none
   std::int64_t n, dim, vocab;
   DType dtype;  // of logits, hidden, weight and bias
 };

@@ -279,7 +279,7 @@ void transform(const Logits& from, std::int64_t row, const float* bias, float* z
 template <class T>
 void scaled_bias(const Logits& from, std::int64_t first_id, std::int64_t count, float* bias) {
   const T* values = static_cast<const T*>(from.bias) + first_id;
-  for (std::int64_t i = 0; i < count; ++i) bias[i] = from.bias_scale * to_float(values[i]);
+  for (std::int64_t i = 0; i < count; ++i) bias[i] = from.scale * to_float(values[i]);
 }
 
 // How many columns are multiplied at a time: their packed weights stay in the second-level cache.

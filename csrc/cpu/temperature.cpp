@@ -79,7 +79,7 @@ TemperatureDerivatives linear_temperature_nll(const LinearTemperatureNll& args, 
   std::vector<TemperatureSums> sums(rows);
   Scan scan = {};
   scan.logits = args.logits;
-  if (args.beta < 0) scan.logits.scale *= -1, scan.logits.bias_scale *= -1;  // a softcap is odd
+  if (args.beta < 0) scan.logits.scale *= -1;  // a softcap is odd
   scan.token_ids = args.labels;
   scan.n_tokens = 1;
   scan.token_logits = label_logits.data();

@@ -225,12 +225,11 @@ def _linear(
     bias: Tensor | None,
     *,
     scale: float = 1.0,
-    bias_scale: float = 1.0,
     softcap: float | None = None,
     row_scale: Tensor | None = None,
     row_shift: Tensor | None = None,
 ) -> Any:
-    """``scale * row_scale * hidden @ weight.T + bias_scale * bias + row_shift``, capped, for the library."""
+    """``scale * (row_scale * hidden @ weight.T + bias) + row_shift``, capped, for the library."""
     return _C.linear_logits(
         hidden.data_ptr(),
         weight.data_ptr(),
@@ -238,7 +237,6 @@ def _linear(
         _pointer(row_scale),
         _pointer(row_shift),
         scale=scale,
-        bias_scale=bias_scale,
         softcap=softcap or 0.0,
         n=len(hidden),
         dim=hidden.shape[1],
@@ -374,7 +372,7 @@ def _lm_logits(
     hidden, weight, bias = _checked_head(hidden, weight, bias)
 
     def head(hidden: Tensor) -> Any:
-        return _linear(hidden, weight, bias, scale=scale, bias_scale=scale, softcap=softcap)
+        return _linear(hidden, weight, bias, scale=scale, softcap=softcap)
 
     def logits_of(rows: Tensor) -> Tensor:
         some = hidden[rows]
@@ -417,7 +415,7 @@ def linear_temperature_nll(
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels: expected {len(hidden)} rows as hidden, got {list(labels.shape)}")
     labels = labels.contiguous()
-    logits = _linear(hidden, weight, bias, scale=logit_scale, bias_scale=logit_scale, softcap=logit_softcap)
+    logits = _linear(hidden, weight, bias, scale=logit_scale, softcap=logit_softcap)
     return _scalars(
         _C.linear_temperature_nll(logits, labels=labels.data_ptr(), beta=float(beta), threads=torch.get_num_threads())
     )

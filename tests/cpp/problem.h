@@ -13,7 +13,7 @@ struct Shape {
 // What turns products into logits; see cpu::Logits.
 struct Transform {
   bool bias = false, row_scale = false, row_shift = false;
-  float scale = 1, bias_scale = 1, softcap = 0;
+  float scale = 1, softcap = 0;
 };
 
 struct Row {
@@ -36,7 +36,7 @@ struct Problem {
     from.bias = transform.bias ? bias.elements.data() : nullptr;
     from.row_scale = transform.row_scale ? row_scale.data() : nullptr;
     from.row_shift = transform.row_shift ? row_shift.data() : nullptr;
-    from.scale = transform.scale, from.bias_scale = transform.bias_scale, from.softcap = transform.softcap;
+    from.scale = transform.scale, from.softcap = transform.softcap;
     from.n = shape.n, from.dim = shape.dim, from.vocab = shape.vocab;
     from.dtype = dtype_of<T>();
     return from;
@@ -53,7 +53,7 @@ struct Problem {
         sum += term, magnitude += std::fabs(term);
       }
       double z = factor * sum;
-      if (transform.bias) z += transform.bias_scale * bias.at(0, v);
+      if (transform.bias) z += transform.scale * bias.at(0, v);
       if (transform.row_shift) z += row_shift[at];
       double tolerance = kFloatEps * (4 * std::fabs(factor) * magnitude + 4 * std::fabs(z) + 4);
       if (transform.softcap != 0) {

@@ -82,7 +82,7 @@ void check_all_shapes() {
   unsigned turn = 0;
   for (const Shape& shape : {Shape{0, 7, 5}, Shape{1, 1, 1}, Shape{3, 64, 17}, Shape{7, 33, 1025},
                              Shape{35, 31, 300}, Shape{140, 20, 257}, Shape{5, 1100, 700}}) {
-    const Transform transform = {turn % 2 == 0, turn % 3 == 0, false, 1, 1, turn % 3 ? 0 : 3.0f};
+    const Transform transform = {turn % 2 == 0, turn % 3 == 0, false, 1, turn % 3 ? 0 : 3.0f};
     ++turn;
     check_negatives(Problem<T>(shape, transform, turn), turn % 2 == 0);
   }

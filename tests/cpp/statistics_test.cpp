@@ -145,7 +145,7 @@ void check_all_shapes() {
   for (const Shape& shape : kShapes) {
     Transform transform;
     transform.bias = turn % 2, transform.row_shift = turn % 3 == 1, transform.row_scale = turn % 4 == 2;
-    transform.scale = turn % 5 ? 1.0f : 0.5f, transform.bias_scale = 0.7f;
+    transform.scale = turn % 5 ? 1.0f : 0.5f;
     transform.softcap = turn % 3 == 2 ? 2.5f : 0;
     const Problem<T> problem(shape, transform, ++turn);
     check_softmax(problem, kRules[turn % 8], 4, 1 + turn % 3);
@@ -238,7 +238,7 @@ TEST(statistics_fp16) { check_all_shapes<Float16>(); }
 
 TEST(statistics_same_bits_for_any_batch_and_threads) {
   const Shape few = {35, 64, 2100}, wide = {70, 0, 2500};
-  const Transform transform = {true, true, true, 1.5f, 1, 0};
+  const Transform transform = {true, true, true, 1.5f, 0};
   check_same_bits(Problem<float>(few, transform, 1));
   check_same_bits(Problem<BFloat16>(few, transform, 2));
   check_same_bits(Problem<Float16>(few, transform, 3));
@@ -275,7 +275,7 @@ TEST(statistics_of_extreme_logits) {
 }
 
 TEST(statistics_copied_logits) {
-  const Problem<BFloat16> problem({19, 45, 1300}, {true, false, false, 1, 1, 3}, 8);
+  const Problem<BFloat16> problem({19, 45, 1300}, {true, false, false, 1, 3}, 8);
   std::vector<float> copy(19 * 1300, kPoison);
   cpu::copy_logits(problem.logits(), copy.data(), 2);
   for (std::int64_t n = 0; n < 19; ++n) {

@@ -91,7 +91,7 @@ void check_linear(const Shape& shape, const Transform& transform, double beta) {
 template <class T>
 void check_all_heads() {
   Transform scaled;
-  scaled.bias = true, scaled.scale = .5f, scaled.bias_scale = .5f;
+  scaled.bias = true, scaled.scale = .5f;
   Transform capped = scaled;
   capped.softcap = 3;
   for (const Transform& transform : {Transform(), scaled, capped}) {

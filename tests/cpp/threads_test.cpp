@@ -46,7 +46,7 @@ void check_callers(const std::vector<AnyProblem>& problems) {
 TEST(threads_linear) {
   std::vector<Problem<BFloat16>> problems;
   for (unsigned caller = 0; caller < kCallers; ++caller) {
-    problems.emplace_back(Shape{40 + caller, 64, 2100}, Transform{true, true, true, 1, 1, 5}, caller);
+    problems.emplace_back(Shape{40 + caller, 64, 2100}, Transform{true, true, true, 1, 5}, caller);
   }
   check_callers(problems);
 }
