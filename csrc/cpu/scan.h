@@ -75,9 +75,7 @@ struct Scan {
   const std::int64_t* token_ids;  // [n, n_tokens]; -1 is none
   std::int64_t n_tokens;
   float* token_logits;  // [n, n_tokens]
-
-  bool candidates;
-  float* copy;  // [n, vocab]: the logits themselves
+  float* copy;          // [n, vocab]: the logits themselves
 
   // Results for rows [first_row, first_row + rows) of the group. Null: not wanted.
   std::int64_t first_row, rows, segments;
@@ -90,7 +88,7 @@ struct Scan {
   const float* factors;                         // [vocab], of the terms of tile_sums; null: 1
   void (*make_room)(const Scan&, Candidates&);  // throws out what cannot matter, or makes the list longer
   void (*raise_floor)(const Scan&, Candidates&, float max, double sum);
-  void* keeper;  // of make_room
+  void* keeper;  // of make_room; null: no candidates
 };
 
 // How rows are packed: `rows` to a panel, `depth` words each; see product.h.

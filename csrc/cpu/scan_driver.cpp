@@ -49,7 +49,6 @@ void scan_group(const Scan& scan, int threads) {
 }
 
 void attach(Scan& scan, CandidateKeeper* keeper) {
-  scan.candidates = keeper != nullptr;
   scan.keeper = keeper;
   scan.make_room = make_room;
   scan.raise_floor = raise_floor;

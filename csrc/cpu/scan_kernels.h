@@ -207,12 +207,12 @@ template <class Isa>
 void consume(const Scan& scan, const float* z, std::int64_t count, std::int64_t first_id, std::int64_t row,
              int thread) {
   const std::int64_t place = row * scan.segments + first_id / kSegment;
-  const bool statistics = scan.softmax || scan.sigmoid || scan.candidates || scan.moments;
+  const bool statistics = scan.softmax || scan.sigmoid || scan.moments || scan.keeper;
   const float largest = statistics ? largest_of<Isa>(z, count) : 0;
   if (scan.softmax) add_softmax<Isa>(scan, z, count, first_id, largest, scan.softmax_partials[place]);
   if (scan.sigmoid) add_sigmoid<Isa>(scan, z, count, first_id, largest, scan.sigmoid_partials[place]);
   if (scan.moments) add_moments<Isa>(scan, z, count, largest, scan.moments_partials[place]);
-  if (scan.candidates) {
+  if (scan.keeper) {
     Candidates& list = scan.lists[thread * scan.rows + row];
     if (scan.softmax && largest > list.floor) {
       const SoftmaxPartial& partial = scan.softmax_partials[place];
@@ -248,7 +248,7 @@ inline void start_segment(const Scan& scan, std::int64_t row, std::int64_t segme
 
 // The list of the thread learns what the segment adds to the softmax of the row.
 inline void end_segment(const Scan& scan, std::int64_t row, std::int64_t segment, int thread) {
-  if (!scan.candidates || !scan.softmax) return;
+  if (!scan.keeper || !scan.softmax) return;
   const SoftmaxPartial& partial = scan.softmax_partials[row * scan.segments + segment];
   if (partial.max == -kInfinity) return;
   Candidates& list = scan.lists[thread * scan.rows + row];
