@@ -414,12 +414,7 @@ const float* as_floats(const float* from, std::int64_t, float*) {
 
 template <class Isa, class T>
 const float* as_floats(const T* from, std::int64_t count, float* buffer) {
-  std::int64_t i = 0;
-  for (; i + Isa::kWidth <= count; i += Isa::kWidth) {
-    const typename Isa::F32 v = Isa::widen(from + i);
-    __builtin_memcpy(buffer + i, &v, sizeof v);
-  }
-  for (; i < count; ++i) buffer[i] = to_float(from[i]);
+  widen<Isa>(from, count, buffer);
   return buffer;
 }
 
@@ -460,10 +455,7 @@ void tile_logits(const Logits& from, std::int64_t first_id, std::int64_t count, 
     using T = decltype(element);
     if (from.logits.data) {
       const Rows source = {&from.logits, list, 0};
-      for (std::int64_t r = 0; r < rows; ++r, out += kTile) {
-        const float* z = as_floats<Isa>(source.at<T>(r) + first_id, count, out);
-        if (z != out) __builtin_memcpy(out, z, static_cast<std::size_t>(count) * sizeof(float));
-      }
+      for (std::int64_t r = 0; r < rows; ++r) widen<Isa>(source.at<T>(r) + first_id, count, out + r * kTile);
       return;
     }
     using Product = typename LinearTile<Isa, T>::Product;
