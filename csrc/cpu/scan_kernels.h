@@ -291,7 +291,7 @@ std::int64_t chunk_columns(std::int64_t depth) {
   return columns;
 }
 
-// Logits of `count` tokens from first_id on for the packed rows [begin, end): consume(row, z) for each.
+// Logits of up to `columns` tokens, whose weights and bias `load` takes, for panels of packed rows.
 template <class Isa, class T>
 struct LinearTile {
   using Product = typename ProductOf<Isa, T>::Type;
@@ -319,6 +319,8 @@ struct LinearTile {
     }
   }
 
+  // Calls consume_row(r, z) with the logits of every row of a panel, whose rows are first_row + r, or
+  // list[first_row + r].
   template <class Consume>
   void multiply(const float* panel, std::int64_t rows, std::int64_t count, const std::int64_t* list,
                 std::int64_t first_row, const Consume& consume_row) {
