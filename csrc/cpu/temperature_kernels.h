@@ -12,8 +12,8 @@
 #pragma once
 
 #include "cpu/inverse_softmax_kernels.h"
-#include "cpu/operations.h"
 #include "cpu/simd.h"
+#include "cpu/temperature.h"
 
 namespace pyqe::cpu {
 namespace {
