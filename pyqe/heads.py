@@ -232,9 +232,16 @@ class SigmoidHead(nn.Module, ABC):
         return logits - (logsumexp if logits.dim() == logsumexp.dim() else logsumexp[..., None])
 
     @torch.no_grad()
-    def stats(self, hidden: Tensor, lm_head: LMHead, **options: Any) -> F.SigmoidStats:
-        """:func:`pyqe.functional.linear_sigmoid_stats` of this head: best tokens, number of acceptable ones."""
-        terms = self.linear_terms(hidden, lm_head)
+    def stats(self, hidden: Tensor, lm_head: LMHead, logsumexp: Tensor | None = None, **options: Any) -> F.SigmoidStats:
+        """:func:`pyqe.functional.linear_sigmoid_stats` of this head: best tokens, number of acceptable ones.
+
+        Args:
+            hidden: [..., D].
+            lm_head: the LM's head.
+            logsumexp: [...] of the LM, where it is known already.
+            options: of :func:`pyqe.functional.linear_sigmoid_stats`, but for bias, scale and shift.
+        """
+        terms = self.linear_terms(hidden, lm_head, logsumexp)
         return F.linear_sigmoid_stats(
             terms.hidden, terms.weight, terms.bias, scale=terms.scale, shift=terms.shift, **options
         )
@@ -255,16 +262,8 @@ class SigmoidHead(nn.Module, ABC):
             options: of :func:`pyqe.functional.linear_softmax_stats`; ``token_ids`` are those of both.
         """
         softmax = lm_head.softmax_stats(hidden, **options)
-        terms = self.linear_terms(hidden, lm_head, softmax.logsumexp)
-        return softmax, F.linear_sigmoid_stats(
-            terms.hidden,
-            terms.weight,
-            terms.bias,
-            scale=terms.scale,
-            shift=terms.shift,
-            token_ids=options.get("token_ids"),
-            threshold=threshold,
-        )
+        token_ids = options.get("token_ids")
+        return softmax, self.stats(hidden, lm_head, softmax.logsumexp, token_ids=token_ids, threshold=threshold)
 
     # --- belonging to a model
 

@@ -511,7 +511,7 @@ def test_vocab_bce_backward_twice_and_of_a_multiple(backend: str) -> None:
     torch.testing.assert_close((hidden.grad, weight.grad), (4 * once[0], 4 * once[1]))
 
 
-def test_vocab_bce_refuses_bad_ids_and_rows(backend: str) -> None:
+def test_vocab_bce_refuses_bad_ids(backend: str) -> None:
     hidden, weight, _ = head(3, 4, 6, torch.float32)
     needs("linear_vocab_bce", hidden)
     targets = torch.tensor([0, 5, -1])
@@ -519,9 +519,6 @@ def test_vocab_bce_refuses_bad_ids_and_rows(backend: str) -> None:
         vocab_bce(hidden, weight, targets + 1)
     with pytest.raises(IndexError, match=r"exclude.*got -2"):
         vocab_bce(hidden, weight, targets, exclude=torch.tensor([[0], [-2], [1]]))
-    if backend == "cpu":
-        with pytest.raises(ValueError, match="targets: expected 3 rows"):
-            vocab_bce(hidden, weight, targets[:2])
 
 
 def test_ignored_rows_do_not_leak(backend: str) -> None:
@@ -760,6 +757,38 @@ def operator_samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any,
 def test_operator_samples_cover_every_operator() -> None:
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyqe::")}
     assert registered == set(operator_samples())
+
+
+_ROW_ARGUMENTS = {
+    "linear_sigmoid_stats": "scale shift",
+    "linear_joint_stats": "scale shift token_bias projected factors",
+    "sample_negatives": "targets unigram_counts",
+    "linear_sample_negatives": "targets unigram_counts",
+    "linear_vocab_bce": "scale shift targets exclude_ids row_weights",
+    "temperature_nll": "labels",
+    "linear_temperature_nll": "labels",
+}
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ library trusts the pointers that it gets")
+@pytest.mark.parametrize(
+    ("name", "argument"), [(op, arg) for op, args in _ROW_ARGUMENTS.items() for arg in args.split()]
+)
+def test_operands_with_a_row_too_few_are_refused(name: str, argument: str) -> None:
+    operator, sample = getattr(torch.ops.pyqe, name), list(operator_samples()[name])
+    place = [declared.name for declared in operator.default._schema.arguments].index(argument)
+    sample[place] = sample[place][:-1]
+    with pyqe.use_backend("cpu"), pytest.raises(ValueError, match=rf"^{argument}: expected \["):
+        operator(*sample)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ library trusts the pointers that it gets")
+def test_projected_states_without_factors_are_refused() -> None:
+    for place, left in ((-4, "factors"), (-3, "projected")):
+        sample = list(operator_samples()["linear_joint_stats"])
+        sample[place] = None
+        with pyqe.use_backend("cpu"), pytest.raises(ValueError, match=f"^{left}: expected"):
+            torch.ops.pyqe.linear_joint_stats(*sample)
 
 
 @pytest.mark.parametrize("name", list(operator_samples()))

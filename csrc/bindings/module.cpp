@@ -13,6 +13,7 @@
 #include "cpu/operations.h"
 #include "cpu/sampling.h"
 #include "cpu/statistics.h"
+#include "cpu/temperature.h"
 #include "cpu/vocab_bce.h"
 
 #ifdef _OPENMP
@@ -154,13 +155,6 @@ cpu::SoftmaxStats softmax_request(const cpu::Logits& logits, const DominantRule&
   return args;
 }
 
-std::tuple<double, double, double> linear_temperature_nll(const cpu::Logits& logits, Address labels,
-                                                          double beta, int threads) {
-  const cpu::LinearTemperatureNll args = {logits, pointer<const std::int64_t>(labels), beta};
-  const cpu::TemperatureDerivatives result = cpu::linear_temperature_nll(args, threads);
-  return {result.nll, result.first, result.second};
-}
-
 cpu::SigmoidStats sigmoid_request(const cpu::Logits& logits, Address token_ids, Address token_logits,
                                   std::int64_t n_tokens, Address max_logit, Address argmax, Address sum_prob,
                                   Address count_above, double threshold, Address topk_logits,
@@ -187,6 +181,13 @@ void joint_stats(const cpu::SoftmaxStats& softmax, const cpu::SigmoidStats& sigm
   correction.factors = matrix(factors, rank);
   correction.rank = rank;
   cpu::joint_stats(softmax, sigmoid, correction, threads);
+}
+
+std::tuple<double, double, double> linear_temperature_nll(const cpu::Logits& logits, Address labels,
+                                                          double beta, int threads) {
+  const cpu::LinearTemperatureNll args = {logits, pointer<const std::int64_t>(labels), beta};
+  const cpu::TemperatureDerivatives result = cpu::linear_temperature_nll(args, threads);
+  return {result.nll, result.first, result.second};
 }
 
 void copy_logits(const cpu::Logits& logits, Address to, int threads) {

@@ -4,6 +4,7 @@
 
 #include "cpu/operations.h"
 #include "cpu/scan.h"
+#include "cpu/temperature.h"
 #include "cpu/vocab_bce.h"
 
 namespace pyqe::cpu {

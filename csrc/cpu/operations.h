@@ -67,40 +67,11 @@ struct InverseSoftmax {
   DType dtype;  // of probs and logits: fp32 or fp64
 };
 
-// Mean NLL of softmax(beta logits) and its first two derivatives in beta.
-struct TemperatureNll {
-  Matrix logits;               // [n, classes]
-  const std::int64_t* labels;  // [n], a label of -1 gives NaN; or null, and there are
-  Matrix soft_labels;          // [n, classes], fp32
-  std::int64_t n, classes;
-  double beta;
-  DType dtype;  // of logits
-};
-
-struct TemperatureDerivatives {
-  double nll, first, second;
-};
-
-// What rows add to them; logits relative to the largest of their row, d.
-struct TemperatureSums {
-  double log_partition, mean, target, variance;  // log sum exp(beta d), E[d], <label, d>, Var[d]
-};
-
-// Internal linkage, as in dtype.h: this header is compiled into files with different instruction sets.
-static inline void accumulate(TemperatureSums& sums, const TemperatureSums& terms) {
-  sums.log_partition += terms.log_partition;
-  sums.mean += terms.mean;
-  sums.target += terms.target;
-  sums.variance += terms.variance;
-}
-
 // All of these raise std::invalid_argument for a bad size or dtype; those with token ids check every id
 // before they write anything and raise TokenIdError.
 void token_logits_forward(const TokenLogitsForward& args, int threads);
 void token_logits_backward_hidden(const TokenLogitsBackwardHidden& args, int threads);
 void token_logits_backward_weight(const TokenLogitsBackwardWeight& args, int threads);
 void inverse_softmax(const InverseSoftmax& args, int threads);
-// std::out_of_range for a label that is neither -1 nor a class.
-TemperatureDerivatives temperature_nll(const TemperatureNll& args, int threads);
 
 }  // namespace pyqe::cpu

@@ -291,7 +291,7 @@ std::int64_t chunk_columns(std::int64_t depth) {
   return columns;
 }
 
-// Logits of `count` tokens from first_id on for the packed rows [begin, end): consume(row, z) for each.
+// Logits of up to `columns` tokens, whose weights and bias `load` takes, for panels of packed rows.
 template <class Isa, class T>
 struct LinearTile {
   using Product = typename ProductOf<Isa, T>::Type;
@@ -319,6 +319,8 @@ struct LinearTile {
     }
   }
 
+  // Calls consume_row(r, z) with the logits of every row of a panel, whose rows are first_row + r, or
+  // list[first_row + r].
   template <class Consume>
   void multiply(const float* panel, std::int64_t rows, std::int64_t count, const std::int64_t* list,
                 std::int64_t first_row, const Consume& consume_row) {
@@ -414,12 +416,7 @@ const float* as_floats(const float* from, std::int64_t, float*) {
 
 template <class Isa, class T>
 const float* as_floats(const T* from, std::int64_t count, float* buffer) {
-  std::int64_t i = 0;
-  for (; i + Isa::kWidth <= count; i += Isa::kWidth) {
-    const typename Isa::F32 v = Isa::widen(from + i);
-    __builtin_memcpy(buffer + i, &v, sizeof v);
-  }
-  for (; i < count; ++i) buffer[i] = to_float(from[i]);
+  widen<Isa>(from, count, buffer);
   return buffer;
 }
 
@@ -460,10 +457,7 @@ void tile_logits(const Logits& from, std::int64_t first_id, std::int64_t count, 
     using T = decltype(element);
     if (from.logits.data) {
       const Rows source = {&from.logits, list, 0};
-      for (std::int64_t r = 0; r < rows; ++r, out += kTile) {
-        const float* z = as_floats<Isa>(source.at<T>(r) + first_id, count, out);
-        if (z != out) __builtin_memcpy(out, z, static_cast<std::size_t>(count) * sizeof(float));
-      }
+      for (std::int64_t r = 0; r < rows; ++r) widen<Isa>(source.at<T>(r) + first_id, count, out + r * kTile);
       return;
     }
     using Product = typename LinearTile<Isa, T>::Product;

@@ -128,6 +128,14 @@ typename Isa::F32 load_vector(const T* from) {
   return Isa::widen(from);
 }
 
+// `count` elements as fp32.
+template <class Isa, class T>
+void widen(const T* from, std::int64_t count, float* to) {
+  std::int64_t i = 0;
+  for (; i + Isa::kWidth <= count; i += Isa::kWidth) narrow<Isa>(to + i, load_vector<Isa>(from + i));
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+
 // The end of a row goes through a buffer, so that nothing past the row is read or written.
 template <class Isa, class T>
 Pair<Isa> load_partial(const T* from, std::int64_t count) {

@@ -37,23 +37,14 @@ struct SigmoidStats {
   std::int64_t* topk_ids;
 };
 
-// Mean NLL of softmax(beta z) over the logits z of a head, and its derivatives in beta.
-struct LinearTemperatureNll {
-  Logits logits;
-  const std::int64_t* labels;  // [n], a label of -1 gives NaN
-  double beta;
-};
-
-// Raise std::invalid_argument for a bad size or dtype, TokenIdError for a bad id.
+// These raise std::invalid_argument for a bad size or dtype, TokenIdError for a bad id.
 void softmax_stats(const SoftmaxStats& args, int threads);
-
+void sigmoid_stats(const SigmoidStats& args, int threads);
 // Both in one pass, the sigmoid ones of corrected logits.
 void joint_stats(const SoftmaxStats& softmax, const SigmoidStats& sigmoid, const Correction& correction,
                  int threads);
 
-void copy_logits(const Logits& logits, float* to, int threads);  // to [n, vocab]
-void sigmoid_stats(const SigmoidStats& args, int threads);
-// std::out_of_range for a label that is neither -1 nor a token.
-TemperatureDerivatives linear_temperature_nll(const LinearTemperatureNll& args, int threads);
+// The logits themselves, to [n, vocab].
+void copy_logits(const Logits& logits, float* to, int threads);
 
 }  // namespace pyqe::cpu

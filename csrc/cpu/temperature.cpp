@@ -1,3 +1,5 @@
+#include "cpu/temperature.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -5,10 +7,8 @@
 
 #include "core/error.h"
 #include "cpu/dispatch.h"
-#include "cpu/operations.h"
 #include "cpu/parallel.h"
 #include "cpu/scan_driver.h"
-#include "cpu/statistics.h"
 
 namespace pyqe::cpu {
 namespace {
@@ -51,13 +51,9 @@ TemperatureDerivatives temperature_nll(const TemperatureNll& args, int threads) 
   require_at_least("n", args.n, 0);
   require_at_least("classes", args.classes, 1);
   require_at_least("threads", threads, 1);
-  if (args.dtype < DType::kFloat32 || args.dtype > DType::kFloat16) {
-    throw std::invalid_argument("dtype: expected fp32 (0), bf16 (1) or fp16 (2), got " +
-                                std::to_string(static_cast<int>(args.dtype)));
-  }
+  const std::int64_t bytes = args.n * args.classes * element_bytes(args.dtype);
   const std::int64_t rows = block_rows(args.classes), blocks = (args.n + rows - 1) / rows;
   std::vector<TemperatureSums> partial(static_cast<std::size_t>(blocks));
-  const std::int64_t bytes = args.n * args.classes * (args.dtype == DType::kFloat32 ? 4 : 2);
   parallel_for(blocks, bytes, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t block = begin; block < end; ++block) {
       const std::int64_t first = block * rows, last = args.n - first < rows ? args.n : first + rows;

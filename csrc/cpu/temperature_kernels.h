@@ -12,8 +12,8 @@
 #pragma once
 
 #include "cpu/inverse_softmax_kernels.h"
-#include "cpu/operations.h"
 #include "cpu/simd.h"
+#include "cpu/temperature.h"
 
 namespace pyqe::cpu {
 namespace {
@@ -207,14 +207,7 @@ constexpr std::int64_t kShortRow = 64;
 template <class Isa, class T>
 void widen_rows(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t classes, float* to) {
   if (stride == classes) classes *= rows, rows = 1;
-  const std::int64_t rest = classes % Isa::kWidth, whole = classes - rest;
-  for (std::int64_t r = 0; r < rows; ++r, from += stride, to += classes) {
-    for (std::int64_t c = 0; c < whole; c += Isa::kWidth) {
-      const typename Isa::F32 values = load_vector<Isa>(from + c);
-      __builtin_memcpy(to + c, &values, sizeof values);
-    }
-    for (std::int64_t c = whole; c < classes; ++c) to[c] = to_float(from[c]);
-  }
+  for (std::int64_t r = 0; r < rows; ++r) widen<Isa>(from + r * stride, classes, to + r * classes);
 }
 
 // [kWidth, classes] -> [classes, kWidth]

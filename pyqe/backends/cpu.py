@@ -38,6 +38,10 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _floats(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
 def _rows(matrix: Tensor) -> Tensor:
     """The matrix with contiguous rows, which may be any (non-negative) distance apart."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
@@ -49,9 +53,9 @@ def _check_pair(name: str, tensor: Tensor, dim: int, dtype: torch.dtype) -> None
         raise ValueError(f"{name}: expected [..., {dim}] in {dtype}, got {list(tensor.shape)} in {tensor.dtype}")
 
 
-def _check_grad(grad: Tensor, token_ids: Tensor) -> None:
-    if grad.shape != token_ids.shape:
-        raise ValueError(f"grad: expected {list(token_ids.shape)} as token_ids, got {list(grad.shape)}")
+def _check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
 
 
 def _checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -65,8 +69,7 @@ def _checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
 
 def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
     hidden, weight, bias = _checked_head(hidden, weight, bias)
-    if len(token_ids) != len(hidden):
-        raise ValueError(f"token_ids: expected {len(hidden)} rows as hidden, got {len(token_ids)}")
+    _check_shape("token_ids", token_ids, len(hidden), token_ids.shape[-1])
     ids = token_ids.contiguous()
     out = torch.empty(ids.shape, dtype=torch.float32)
     _C.token_logits_forward(
@@ -88,7 +91,7 @@ def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias:
 
 
 def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    _check_grad(grad, token_ids)
+    _check_shape("grad", grad, *token_ids.shape)
     weight, ids, grad = _rows(weight), token_ids.contiguous(), grad.float().contiguous()
     out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype)
     _C.token_logits_backward_hidden(
@@ -138,9 +141,8 @@ def _accumulate_rows(
 
 
 def _checked_hidden(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    _check_grad(grad, token_ids)
-    if len(hidden) != len(token_ids):
-        raise ValueError(f"hidden: expected {len(token_ids)} rows as token_ids, got {len(hidden)}")
+    _check_shape("grad", grad, *token_ids.shape)
+    _check_shape("hidden", hidden, len(token_ids), hidden.shape[-1])
     return _rows(hidden)
 
 
@@ -180,10 +182,9 @@ def inverse_softmax(probs: Tensor, eps: float, center: str) -> Tensor:
 
 
 def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if labels.shape != logits.shape[: labels.dim()]:
-        raise ValueError(f"labels: expected {len(logits)} rows as logits, got {list(labels.shape)}")
-    logits = _rows(logits)
     hard = labels.dim() == 1
+    _check_shape("labels", labels, *logits.shape[: 1 if hard else 2])
+    logits = _rows(logits)
     labels = labels.contiguous() if hard else _rows(labels.float())
     derivatives = _C.temperature_nll(
         logits.data_ptr(),
@@ -412,8 +413,7 @@ def linear_temperature_nll(
     beta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = _checked_head(hidden, weight, bias)
-    if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"labels: expected {len(hidden)} rows as hidden, got {list(labels.shape)}")
+    _check_shape("labels", labels, len(hidden))
     labels = labels.contiguous()
     logits = _linear(hidden, weight, bias, scale=logit_scale, softcap=logit_softcap)
     return _scalars(
@@ -458,6 +458,13 @@ def sigmoid_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
     return _sigmoid_stats(_existing(logits), *logits.shape, *options)
 
 
+def _row_terms(n: int, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift of each row, as the library takes them."""
+    _check_shape("scale", scale, n)
+    _check_shape("shift", shift, n)
+    return _floats(scale), _floats(shift)
+
+
 def linear_sigmoid_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -467,7 +474,7 @@ def linear_sigmoid_stats(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     hidden, weight, bias = _checked_head(hidden, weight, bias)
-    row_scale, row_shift = (None if term is None else term.float().contiguous() for term in (scale, shift))
+    row_scale, row_shift = _row_terms(len(hidden), scale, shift)
     logits = _linear(hidden, weight, bias, row_scale=row_scale, row_shift=row_shift)
     return _sigmoid_stats(logits, len(hidden), weight.shape[0], *options)
 
@@ -496,18 +503,21 @@ def linear_joint_stats(
     logits, logits_of = _lm_logits(hidden, weight, bias, logit_scale, logit_softcap)
     softmax = _Softmax.of(logits, n, vocab_size, token_ids, choice_ids, top_k, temperature, entropy, dominant)
     request, _ids, results = _sigmoid_request(logits, n, vocab_size, token_ids, sigmoid_top_k, threshold)
-    terms = [
-        None if term is None else term.float().contiguous() for term in (scale, shift, token_bias, projected, factors)
-    ]
+    row_scale, row_shift = _row_terms(n, scale, shift)
+    rank = 0 if projected is None or factors is None else factors.shape[-1]
+    _check_shape("token_bias", token_bias, vocab_size)
+    _check_shape("projected", projected, n, rank)
+    _check_shape("factors", factors, vocab_size, rank)
+    token_bias, projected, factors = _floats(token_bias), _floats(projected), _floats(factors)
     _C.joint_stats(
         softmax.request,
         request,
-        scale=_pointer(terms[0]),
-        shift=_pointer(terms[1]),
-        bias=_pointer(terms[2]),
-        projected=_pointer(terms[3]),
-        factors=_pointer(terms[4]),
-        rank=0 if factors is None else factors.shape[1],
+        scale=_pointer(row_scale),
+        shift=_pointer(row_shift),
+        bias=_pointer(token_bias),
+        projected=_pointer(projected),
+        factors=_pointer(factors),
+        rank=rank,
         threads=torch.get_num_threads(),
     )
     return (*_look_again(softmax.results(), dominant, logits_of), *results)
@@ -557,6 +567,7 @@ class _Sources:
 
 def _sample_negatives(
     logits: Any,
+    n: int,
     vocab_size: int,
     logits_of: Callable[[Tensor], Tensor],
     targets: Tensor,
@@ -569,12 +580,13 @@ def _sample_negatives(
     exclude: str,
     unigram_counts: Tensor | None,
 ) -> Tensor:
+    _check_shape("targets", targets, n)
+    _check_shape("unigram_counts", unigram_counts, vocab_size)
     rule = DominantRule.parse(exclude) if exclude else None
-    counts = None if unigram_counts is None else unigram_counts.float().contiguous()
-    drawn = _Sources.of(sources, shares, mixture_weights, combination, temperature, counts)
+    drawn = _Sources.of(sources, shares, mixture_weights, combination, temperature, _floats(unigram_counts))
     targets = targets.contiguous()
-    ids = torch.empty(len(targets), sum(shares), dtype=torch.int64)
-    undecided = torch.empty(len(targets), dtype=torch.int64)
+    ids = torch.empty(n, sum(shares), dtype=torch.int64)
+    undecided = torch.empty(n, dtype=torch.int64)
     _C.sample_negatives(
         logits,
         _rule(rule),
@@ -598,7 +610,8 @@ def _sample_negatives(
 
 def sample_negatives(logits: Tensor, *options: Any) -> Tensor:
     logits = _rows(logits)
-    return _sample_negatives(_existing(logits), logits.shape[1], lambda rows: logits[rows].float(), *options)
+    n, vocab_size = logits.shape
+    return _sample_negatives(_existing(logits), n, vocab_size, lambda rows: logits[rows].float(), *options)
 
 
 def linear_sample_negatives(
@@ -610,7 +623,7 @@ def linear_sample_negatives(
     *options: Any,
 ) -> Tensor:
     logits, logits_of = _lm_logits(hidden, weight, bias, logit_scale, logit_softcap)
-    return _sample_negatives(logits, weight.shape[0], logits_of, *options)
+    return _sample_negatives(logits, len(hidden), weight.shape[0], logits_of, *options)
 
 
 # --- vocabulary BCE -------------------------------------------------------------------------------------------------
@@ -631,11 +644,11 @@ def linear_vocab_bce(
 ) -> tuple[Tensor, ...]:
     hidden, weight, bias = _checked_head(hidden, weight, bias)
     n, none = len(hidden), hidden.new_empty(0)
-    per_row = {"scale": scale, "shift": shift, "targets": targets, "exclude_ids": exclude_ids, "weights": row_weights}
-    for name, tensor in per_row.items():
-        if tensor is not None and len(tensor) != n:
-            raise ValueError(f"{name}: expected {n} rows as hidden, got {len(tensor)}")
-    row_scale, row_shift = (None if term is None else term.float().contiguous() for term in (scale, shift))
+    n_exclude = 0 if exclude_ids is None else exclude_ids.shape[-1]
+    _check_shape("targets", targets, n)
+    _check_shape("exclude_ids", exclude_ids, n, n_exclude)
+    _check_shape("row_weights", row_weights, n)
+    row_scale, row_shift = _row_terms(n, scale, shift)
     ids, excluded = targets.contiguous(), None if exclude_ids is None else exclude_ids.contiguous()
     row_weights = row_weights.float().contiguous()
     total, losses = torch.empty(()), torch.empty(n)
@@ -652,7 +665,7 @@ def linear_vocab_bce(
         _linear(hidden, weight, bias, row_scale=row_scale, row_shift=row_shift),
         targets=ids.data_ptr(),
         exclude_ids=_pointer(excluded),
-        n_exclude=0 if excluded is None else excluded.shape[1],
+        n_exclude=n_exclude,
         row_weights=row_weights.data_ptr(),
         pos_weight=pos_weight,
         total=total.data_ptr(),

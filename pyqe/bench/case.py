@@ -172,7 +172,7 @@ class Case:
     Args:
         suite, name: what it is called.
         facts: shape and dtype, for the table and the JSON.
-        inputs: new inputs for a round; every rival of the round gets the same.
+        inputs: called for every round; all rivals of the round get what it returns.
         rivals: pyqe comes first.
         work: what every rival has to do, if it says nothing else.
         logit_bytes: of the logits that the work can do without, to compare the memory with.

@@ -1,8 +1,9 @@
 // The NLL of softmax(beta z) and its derivatives against plain loops in fp64.
+#include "cpu/temperature.h"
+
 #include <algorithm>
 
 #include "check.h"
-#include "cpu/statistics.h"
 #include "problem.h"
 
 namespace {
