@@ -1,5 +1,5 @@
-// Drawing tokens in two stages, a tile and then a token of that tile: what the CPU's code and the CUDA kernels
-// share.
+// Drawing tokens in two stages, a tile and then a token of that tile: what the CPU's code and the CUDA
+// kernels share.
 #pragma once
 
 #include <cstdint>
