@@ -12,19 +12,10 @@ from torch import Tensor
 from pyqe.backends import reference
 from pyqe.backends.cuda_library import float_vector, library, on_its_device, pointer, rows_of, stream
 from pyqe.backends.cuda_product import row_chunks
-from pyqe.backends.cuda_statistics import Rows
+from pyqe.backends.cuda_statistics import Rows, dominant_rows
 from pyqe.backends.sources import Sources
-from pyqe.dominant import DominantRule
 
-_CHUNK = 1024  # rows whose marks and sums of tiles are kept at a time: 21 KB each for 128256 tokens
-
-
-def _dominant_ids(source: Rows, rule: DominantRule | None) -> tuple[Tensor, Tensor]:
-    """Dominant ids [n, M] of each row, padded with -1, and its largest logit [n], NaN for no distribution."""
-    logits = source.logits()
-    maximum = logits.amax(1)
-    ids = logits.new_empty(len(logits), 0, dtype=torch.int64) if rule is None else reference.dominant_of(logits, rule)[0]
-    return ids, torch.where(maximum.isfinite(), maximum, torch.nan)
+CHUNK = 1024  # rows whose marks and sums of tiles are kept at a time: 21 KB each for 128256 tokens
 
 
 class _Sampler:
@@ -49,24 +40,23 @@ class _Sampler:
             raise ValueError(f"targets: expected [{n}], got {list(targets.shape)}")
         if unigram_counts is not None and unigram_counts.shape != (vocab_size,):
             raise ValueError(f"unigram_counts: expected [{vocab_size}], got {list(unigram_counts.shape)}")
-        self.rule = DominantRule.parse(exclude) if exclude else None
-        self.targets, self.seed = targets.contiguous(), seed
+        self.targets, self.seed, self.exclude = targets.contiguous(), seed, exclude
         counts = float_vector(unigram_counts)
         self.sources = Sources.of(sources, shares, mixture_weights, combination, temperature, counts)
         self.tile_counts = None if self.sources.counts is None else _tile_counts(self.sources.counts)
         self.ids = torch.empty(n, sum(shares), dtype=torch.int64, device=targets.device)
-        rows, tiles = min(n, _CHUNK), -(-vocab_size // library.TILE)
+        rows, tiles = min(n, CHUNK), -(-vocab_size // library.TILE)
         wants_softmax = any(softmax > 0 for softmax, *_ in self.sources.parts)
         self.barred = torch.empty(rows, tiles, library.TILE_WORDS, dtype=torch.int32, device=targets.device)
         self.tile_sums = torch.empty(rows, tiles, 2, device=targets.device) if wants_softmax else None
 
     def draw(self, source: Rows, first_row: int) -> None:
         """Negatives of some rows, the first of which has that number in the call."""
-        for start in range(0, len(source.matrix), _CHUNK):
-            self._draw(replace(source, matrix=source.matrix[start : start + _CHUNK]), first_row + start)
+        for start in range(0, len(source.matrix), CHUNK):
+            self._draw(replace(source, matrix=source.matrix[start : start + CHUNK]), first_row + start)
 
     def _draw(self, source: Rows, first_row: int) -> None:
-        excluded, max_logit = _dominant_ids(source, self.rule)
+        excluded, max_logit = dominant_rows(source, self.exclude)
         here = self.seed.device == source.matrix.device
         library.sample_negatives(
             source.handle(),
