@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pyqe
 from pyqe import functional as F
-from pyqe.backends import available_backends
+from pyqe.backends import available_backends, cuda_sampling, select
 from pyqe.backends.philox import philox, uniform
 from pyqe.dominant import DominantRule
 from pyqe.negatives import NegativeSampler
@@ -212,54 +212,132 @@ def test_counts_of_another_vocabulary_are_refused() -> None:
         F.sample_negatives(torch.zeros(1, 6), torch.tensor([0]), sampler)
 
 
-def both_backends(logits: Tensor, sampler: NegativeSampler, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Negatives by the reference and by the kernels; nothing is a target."""
-    needs_kernels()
-    targets = torch.full((len(logits),), -1)
+@pytest.fixture(params=[name for name in available_backends() if name != "reference"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """A backend that is compared with the reference."""
+    with pyqe.use_backend(request.param):
+        try:
+            select("sample_negatives", torch.zeros(1, 1))
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    name: str = request.param
+    return name
+
+
+def both_backends(
+    kernels: str, logits: Tensor, sampler: NegativeSampler, seed: int = 0, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Negatives by the reference and by the kernels."""
     results = []
-    for name in ("reference", "cpu"):
+    for name in ("reference", kernels):
         with pyqe.use_backend(name):
-            results.append(F.sample_negatives(logits, targets, sampler, torch.Generator().manual_seed(seed)))
+            generator = torch.Generator().manual_seed(seed)
+            some = torch.full((len(logits),), -1) if targets is None else targets
+            results.append(F.sample_negatives(logits, some, sampler, generator))
     return results[0], results[1]
 
 
-def needs_kernels() -> None:
-    reason = available_backends()["cpu"].unavailable
-    if reason:
-        pytest.skip(reason)
+def agree(expected: Tensor, found: Tensor) -> None:
+    """Rounding may move a draw to its neighbour."""
+    assert (expected == found).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("combination", ["independent", "mixture", "product"])
 @pytest.mark.parametrize("sources", [("softmax",), ("unigram",), ("uniform", "softmax", "unigram")])
 @pytest.mark.parametrize("exclude", [None, DominantRule.jump("first"), DominantRule.top_p(0.5)], ids=str)
 def test_kernels_draw_what_the_reference_draws(
-    combination: Any, sources: tuple[Any, ...], exclude: DominantRule | None
+    kernels: str, combination: Any, sources: tuple[Any, ...], exclude: DominantRule | None
 ) -> None:
     counts = torch.randint(0, 4, (1500,)).float()
     sampler = NegativeSampler(sources, num_negatives=9, combination=combination, exclude=exclude, unigram_counts=counts)
-    expected, found = both_backends(3 * torch.randn(40, 1500), sampler)
-    assert (expected == found).float().mean() > 0.99  # rounding may move a draw to its neighbour
+    agree(*both_backends(kernels, 3 * torch.randn(20, 1500), sampler))
 
 
-def test_tokens_far_below_the_best_are_drawn_by_their_own_weights() -> None:
+def test_tokens_far_below_the_best_are_drawn_by_their_own_weights(kernels: str) -> None:
     """Once the three best are drawn, the rest are e^-120 below: more than float32 holds."""
     logits = torch.randn(20, 3000)
     logits[:, :3] += 60
     sampler = NegativeSampler(("softmax",), num_negatives=10, temperature=0.5, exclude=None)
-    expected, found = both_backends(logits, sampler)
+    expected, found = both_backends(kernels, logits, sampler)
     assert (found >= 0).all()
-    assert (expected == found).float().mean() > 0.99
+    agree(expected, found)
 
 
 @pytest.mark.parametrize("combination", ["independent", "mixture"])
-def test_tokens_without_weight_are_never_drawn(combination: Any) -> None:
+def test_tokens_without_weight_are_never_drawn(kernels: str, combination: Any) -> None:
     counts = torch.zeros(300)
     counts[torch.tensor([5, 70, 140, 299 - 9])] = torch.tensor([0.1, 0.7, 3.3, 8.0])
     sampler = NegativeSampler(
         ("unigram",), num_negatives=6, combination=combination, exclude=None, unigram_counts=counts
     )
-    for seed in range(20):
-        expected, found = both_backends(torch.randn(20, 300), sampler, seed)
-        assert torch.equal((found >= 0).sum(1), torch.full((20,), 4))
+    for seed in range(10):
+        expected, found = both_backends(kernels, torch.randn(10, 300), sampler, seed)
+        assert torch.equal((found >= 0).sum(1), torch.full((10,), 4))
         assert (counts[found[found >= 0]] > 0).all()
         assert torch.equal(expected.sort().values, found.sort().values)
+
+
+@pytest.mark.parametrize("combination", ["independent", "mixture", "product"])
+def test_a_vocabulary_of_several_segments_in_several_rounds(kernels: str, combination: Any) -> None:
+    """Six tokens far apart hold nearly all the weight: every round finds one or two."""
+    places, counts = torch.tensor([3, 259, 8191, 8192, 16500, 17000]), torch.rand(17001)
+    logits = torch.randn(4, 17001)
+    logits[:, places] += 8.0 * torch.arange(2, 8)
+    counts[places] += 1e5
+    sampler = NegativeSampler(
+        ("softmax", "unigram", "softmax"),
+        num_negatives=24,
+        combination=combination,
+        temperature=1.0,
+        exclude=None,
+        unigram_counts=counts,
+    )
+    expected, found = both_backends(kernels, logits, sampler, targets=places[:4])
+    agree(expected, found)
+    for row, target in zip(found.tolist(), places[:4].tolist(), strict=True):
+        assert set(places.tolist()) - set(row) == {target}
+
+
+def test_the_last_two_tokens_that_are_left(kernels: str) -> None:
+    logits = torch.randn(5, 301)
+    sampler = NegativeSampler(("uniform", "softmax"), num_negatives=6, exclude=DominantRule.top_k(298))
+    targets = logits.argmin(1)  # not dominant, but never drawn
+    expected, found = both_backends(kernels, logits, sampler, targets=targets)
+    assert torch.equal(expected, found)
+    assert torch.equal((found >= 0).sum(1), torch.full((5,), 2))
+    assert torch.equal(found[:, :2].sort().values, logits.argsort()[:, 1:3].sort().values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_that_lie_anywhere(kernels: str, dtype: torch.dtype) -> None:
+    logits = (3 * torch.randn(9, 777)).to(dtype)[::2, 1:-3]
+    targets = torch.randint(0, 773, (5,))
+    for aligned in (logits, logits.contiguous()):
+        sampler = NegativeSampler(("softmax", "uniform"), num_negatives=8)
+        agree(*both_backends(kernels, aligned, sampler, targets=targets))
+
+
+def test_kernels_draw_by_the_weights(kernels: str) -> None:
+    """Pairs of five tokens far apart that alone have weight."""
+    weights = torch.zeros(9000)
+    weights[torch.tensor([0, 255, 4000, 8191, 8999])] = torch.tensor([1.0, 2.0, 3.0, 4.0, 6.0])
+    sampler = NegativeSampler(("softmax",), num_negatives=2, temperature=1.0, exclude=None)
+    with pyqe.use_backend(kernels):
+        ids = draw(sampler, weights.log(), 4000, 600)
+    weights[4000] = 0.0
+    assert_distribution(ids, without_replacement(weights, 2))
+
+
+def test_a_row_draws_by_its_place_and_not_by_the_chunks(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets = torch.randn(11, 600), torch.randint(0, 600, (11,))
+    sampler = NegativeSampler(("uniform", "softmax"), num_negatives=6)
+
+    def sample(rows: int) -> Tensor:
+        with pyqe.use_backend(kernels):
+            generator = torch.Generator().manual_seed(2)
+            return F.sample_negatives(logits[:rows], targets[:rows], sampler, generator)
+
+    whole = sample(11)
+    monkeypatch.setattr(cuda_sampling, "CHUNK", 4)
+    assert torch.equal(sample(11), whole)
+    assert torch.equal(sample(6), whole[:6])

@@ -21,6 +21,7 @@ T* pointer(Address address) {
 inline cuda::Stream stream_at(Address address) { return reinterpret_cast<cuda::Stream>(address); }
 
 void bind_decode(py::module_& m);
+void bind_sampling(py::module_& m);
 void bind_statistics(py::module_& m);
 
 }  // namespace pyqe

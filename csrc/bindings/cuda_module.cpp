@@ -39,6 +39,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels; see pyqe/backends/cuda.py";
   m.def("obstacle", &obstacle);
   bind_decode(m);
+  bind_sampling(m);
   bind_statistics(m);
   m.def("inverse_softmax", &inverse_softmax, py::kw_only(), py::arg("probs"), py::arg("logits"), py::arg("n"),
         py::arg("classes"), py::arg("stride"), py::arg("eps"), py::arg("center"), py::arg("dtype"),

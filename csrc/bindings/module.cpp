@@ -200,7 +200,7 @@ using Sources = std::vector<std::tuple<double, double, double, std::int64_t>>;
 void sample_negatives(const cpu::Logits& logits, const DominantRule& exclude, const Sources& sources,
                       Address targets, std::int64_t members, double beta, Address factor, Address counts,
                       std::uint64_t seed, Address ids, Address undecided, int threads) {
-  std::vector<cpu::Source> parts;
+  std::vector<Source> parts;
   for (const auto& [softmax, unigram, uniform, count] : sources)
     parts.push_back({softmax, unigram, uniform, count});
   cpu::SampleNegatives args = {};

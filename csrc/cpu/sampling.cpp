@@ -23,7 +23,6 @@ namespace pyqe::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr std::int64_t kSpareDraws = 4;  // in a round, for what is drawn twice
 
 using Ids = std::vector<std::int64_t>;
 
@@ -35,11 +34,6 @@ T& at(std::vector<T>& items, std::int64_t i) {
 template <class T>
 const T& at(const std::vector<T>& items, std::int64_t i) {
   return items[static_cast<std::size_t>(i)];
-}
-
-// The largest number below the total: rounding may carry a value to the total itself, where nothing lies.
-double below(double value, double total) {
-  return std::max(0.0, std::min(value, std::nextafter(total, 0.0)));
 }
 
 // One draw of a row: which tile, and how far into it.

@@ -3,16 +3,10 @@
 #pragma once
 
 #include "core/dominant.h"
+#include "core/sampling.h"
 #include "cpu/scan.h"
 
 namespace pyqe::cpu {
-
-// A distribution to draw `count` tokens from: the sum of its parts, each normalised, times their weights. The
-// softmax part is proportional to e^(beta z) * factor, the unigram part to `counts`.
-struct Source {
-  double softmax, unigram, uniform;
-  std::int64_t count;
-};
 
 struct SampleNegatives {
   Logits logits;

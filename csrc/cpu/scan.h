@@ -8,6 +8,7 @@
 #pragma once
 
 #include "core/partials.h"
+#include "core/sampling.h"
 #include "cpu/operations.h"
 
 namespace pyqe::cpu {
@@ -43,11 +44,6 @@ struct Candidates {
   // The part of the softmax seen so far by the thread that holds the list.
   float max;
   double sum;
-};
-
-// Sum of e^((z - max) / T) over the tokens of a tile, the first stage of a draw.
-struct TileSum {
-  float max, sum;
 };
 
 // A second row of logits from the first, z' = scale[n] z + bias[v] + shift[n] + <projected[n], factors[v]>: a

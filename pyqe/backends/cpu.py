@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyqe.backends import reference
+from pyqe.backends.sources import Sources
 from pyqe.dominant import DominantRule
 
 try:
@@ -526,45 +527,6 @@ def linear_joint_stats(
 # --- negatives ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Sources:
-    """What to draw from, as the library takes it; a part is (softmax, unigram, uniform, how many)."""
-
-    parts: list[tuple[float, float, float, int]]
-    beta: float  # the softmax part is e^(beta z) * factor
-    factor: Tensor | None  # [V]
-    counts: Tensor | None  # [V]
-
-    @classmethod
-    def of(
-        cls,
-        sources: list[str],
-        shares: list[int],
-        weights: list[float],
-        combination: str,
-        temperature: float,
-        counts: Tensor | None,
-    ) -> _Sources:
-        def weight(name: str) -> float:
-            return sum(weight for source, weight in zip(sources, weights, strict=True) if source == name)
-
-        def only(name: str, share: int) -> tuple[float, float, float, int]:
-            return float(name == "softmax"), float(name == "unigram"), float(name == "uniform"), share
-
-        if combination == "independent":
-            parts = [only(name, share) for name, share in zip(sources, shares, strict=True)]
-            return cls(parts, 1 / temperature, None, counts)
-        if combination == "mixture":
-            part = (weight("softmax"), weight("unigram"), weight("uniform"), shares[0])
-            return cls([part], 1 / temperature, None, counts)
-        # a product of e^(z/T), a times, and of counts, b times
-        softmax, unigram = sources.count("softmax"), sources.count("unigram")
-        powers = None if counts is None or not unigram else (counts / counts.max()) ** unigram
-        if softmax:
-            return cls([only("softmax", shares[0])], softmax / temperature, powers, None)
-        return cls([only("unigram" if unigram else "uniform", shares[0])], 1 / temperature, None, powers)
-
-
 def _sample_negatives(
     logits: Any,
     n: int,
@@ -583,7 +545,7 @@ def _sample_negatives(
     _check_shape("targets", targets, n)
     _check_shape("unigram_counts", unigram_counts, vocab_size)
     rule = DominantRule.parse(exclude) if exclude else None
-    drawn = _Sources.of(sources, shares, mixture_weights, combination, temperature, _floats(unigram_counts))
+    drawn = Sources.of(sources, shares, mixture_weights, combination, temperature, _floats(unigram_counts))
     targets = targets.contiguous()
     ids = torch.empty(n, sum(shares), dtype=torch.int64)
     undecided = torch.empty(n, dtype=torch.int64)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqe.backends import cuda_statistics
+from pyqe.backends import cuda_sampling, cuda_statistics
 from pyqe.backends.cuda_library import CODES, EMULATOR, library, on_its_device, rows_of, stream, unavailable
 
 __all__ = ["DEVICES", "DTYPES", "OPERATIONS", "unavailable"]
@@ -40,8 +40,10 @@ def inverse_softmax(probs: Tensor, eps: float, center: str) -> Tensor:
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "inverse_softmax": inverse_softmax,
     "linear_joint_stats": cuda_statistics.linear_joint_stats,
+    "linear_sample_negatives": cuda_sampling.linear_sample_negatives,
     "linear_sigmoid_stats": cuda_statistics.linear_sigmoid_stats,
     "linear_softmax_stats": cuda_statistics.linear_softmax_stats,
+    "sample_negatives": cuda_sampling.sample_negatives,
     "sigmoid_stats": cuda_statistics.sigmoid_stats,
     "softmax_stats": cuda_statistics.softmax_stats,
 }

@@ -323,6 +323,15 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, sof
         yield rows, Rows(dots, bias, scale=scale, softcap=softcap), None
 
 
+def dominant_rows(source: Rows, dominant: str) -> tuple[Tensor, Tensor]:
+    """Dominant ids [n, M] of the rows, padded with -1, and their largest logits [n], NaN for no distribution."""
+    n, vocab_size = source.matrix.shape
+    softmax = _Softmax(n, vocab_size, source.matrix.device, 0, None, False, dominant)
+    asked = _Pass(n, vocab_size, source.matrix.device, (None, None), softmax, None)
+    asked.run([(slice(0, n), source, None)])
+    return softmax.dominant_ids, softmax.max_logit
+
+
 @on_its_device
 def softmax_stats(
     logits: Tensor, token_ids: Tensor | None, choice_ids: Tensor | None, *options: Any

@@ -13,7 +13,7 @@ using namespace pyqe;
 using namespace pyqe::test;
 
 constexpr DominantRule kJump = {DominantKind::kJump, true, .3, .005, 0, 0};
-constexpr cpu::Source kSources[] = {
+constexpr Source kSources[] = {
     {1, 0, 0, 4}, {0, 1, 0, 3}, {.5, .2, .3, 2}};  // softmax, unigram, a mixture
 constexpr std::int64_t kWidth = 9;
 
@@ -107,7 +107,7 @@ TEST(sampling_frequencies) {
   logits.logits.stride = 0, logits.n = n;
   const std::vector<std::int64_t> targets(static_cast<std::size_t>(n), 6);
   std::vector<std::int64_t> ids(static_cast<std::size_t>(n)), undecided(static_cast<std::size_t>(n));
-  const cpu::Source source = {1, 0, 0, 1};
+  const Source source = {1, 0, 0, 1};
   cpu::SampleNegatives args = {};
   args.logits = logits;
   args.targets = targets.data();

@@ -290,7 +290,7 @@ TEST(statistics_copied_logits) {
 TEST(statistics_tile_sums) {
   const Problem<float> problem({5, 20, 1800}, {}, 9);
   const std::int64_t tiles = (1800 + cpu::kTile - 1) / cpu::kTile;
-  std::vector<cpu::TileSum> sums(static_cast<std::size_t>(5 * tiles));
+  std::vector<TileSum> sums(static_cast<std::size_t>(5 * tiles));
   cpu::Scan scan = {};
   scan.logits = problem.logits();
   scan.tile_beta = 0.5f;
@@ -299,7 +299,7 @@ TEST(statistics_tile_sums) {
   for (std::int64_t n = 0; n < 5; ++n) {
     const Row row = problem.row(n);
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
-      const cpu::TileSum& got = sums[static_cast<std::size_t>(n * tiles + tile)];
+      const TileSum& got = sums[static_cast<std::size_t>(n * tiles + tile)];
       double sum = 0;
       for (std::int64_t v = tile * cpu::kTile; v < std::min<std::int64_t>(1800, (tile + 1) * cpu::kTile);
            ++v) {

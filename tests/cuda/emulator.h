@@ -289,6 +289,16 @@ inline int atomicAdd(int* address, int value) {
   *address += value;
   return before;
 }
+inline unsigned atomicOr(unsigned* address, unsigned bits) {
+  const unsigned before = *address;
+  *address |= bits;
+  return before;
+}
+inline unsigned atomicAnd(unsigned* address, unsigned bits) {
+  const unsigned before = *address;
+  *address &= bits;
+  return before;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(static_cast<unsigned>(bits)) : 32; }
