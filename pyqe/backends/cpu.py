@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 from pyqe.backends import reference
+from pyqe.backends.operands import (
+    check_grad,
+    check_labels,
+    checked_head,
+    checked_hidden,
+    contiguous_rows,
+    sorted_pairs,
+)
 from pyqe.dominant import DominantRule
 
 try:
@@ -38,33 +46,8 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _rows(matrix: Tensor) -> Tensor:
-    """The matrix with contiguous rows, which may be any (non-negative) distance apart."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
-
-
-def _check_pair(name: str, tensor: Tensor, dim: int, dtype: torch.dtype) -> None:
-    """The library trusts what it is given: look before pointers go across."""
-    if tensor.shape[1] != dim or tensor.dtype != dtype:
-        raise ValueError(f"{name}: expected [..., {dim}] in {dtype}, got {list(tensor.shape)} in {tensor.dtype}")
-
-
-def _check_grad(grad: Tensor, token_ids: Tensor) -> None:
-    if grad.shape != token_ids.shape:
-        raise ValueError(f"grad: expected {list(token_ids.shape)} as token_ids, got {list(grad.shape)}")
-
-
-def _checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    _check_pair("hidden", hidden, weight.shape[1], weight.dtype)
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        raise ValueError(
-            f"bias: expected [{weight.shape[0]}] in {weight.dtype}, got {list(bias.shape)} in {bias.dtype}"
-        )
-    return _rows(hidden), _rows(weight), None if bias is None else bias.contiguous()
-
-
 def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     if len(token_ids) != len(hidden):
         raise ValueError(f"token_ids: expected {len(hidden)} rows as hidden, got {len(token_ids)}")
     ids = token_ids.contiguous()
@@ -88,8 +71,8 @@ def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias:
 
 
 def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    _check_grad(grad, token_ids)
-    weight, ids, grad = _rows(weight), token_ids.contiguous(), grad.float().contiguous()
+    check_grad(grad, token_ids)
+    weight, ids, grad = contiguous_rows(weight), token_ids.contiguous(), grad.float().contiguous()
     out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype)
     _C.token_logits_backward_hidden(
         grad.data_ptr(),
@@ -105,16 +88,6 @@ def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) ->
         threads=torch.get_num_threads(),
     )
     return out
-
-
-def _sorted_pairs(token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs (as places in the flattened ids) sorted by token, where each token's pairs start, and the tokens."""
-    tokens, pairs = torch.sort(token_ids.reshape(-1), stable=True)
-    padding = int(torch.searchsorted(tokens, 0))
-    row_ids, counts = torch.unique_consecutive(tokens[padding:], return_counts=True)
-    starts = torch.zeros(len(row_ids) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=starts[1:])
-    return pairs[padding:].contiguous(), starts, row_ids.contiguous()
 
 
 def _accumulate_rows(
@@ -137,24 +110,17 @@ def _accumulate_rows(
     )
 
 
-def _checked_hidden(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    _check_grad(grad, token_ids)
-    if len(hidden) != len(token_ids):
-        raise ValueError(f"hidden: expected {len(token_ids)} rows as token_ids, got {len(hidden)}")
-    return _rows(hidden)
-
-
 def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    pairs, starts, row_ids = _sorted_pairs(token_ids)
-    hidden = _checked_hidden(grad, hidden, token_ids)
+    pairs, starts, row_ids = sorted_pairs(token_ids)
+    hidden = checked_hidden(grad, hidden, token_ids)
     out = torch.empty(len(row_ids), hidden.shape[1], dtype=hidden.dtype)
     _accumulate_rows(grad.float().contiguous(), hidden, token_ids.shape[1], pairs, starts, None, out)
     return row_ids, out
 
 
 def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
-    pairs, starts, row_ids = _sorted_pairs(token_ids)
-    hidden = _checked_hidden(grad, hidden, token_ids)
+    pairs, starts, row_ids = sorted_pairs(token_ids)
+    hidden = checked_hidden(grad, hidden, token_ids)
     if len(row_ids) and int(row_ids[-1]) >= vocab_size:
         raise IndexError(f"token_ids: expected ids in [0, {vocab_size}), got {int(row_ids[-1])}")
     out = torch.zeros(vocab_size, hidden.shape[1], dtype=hidden.dtype)
@@ -163,7 +129,7 @@ def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vo
 
 
 def inverse_softmax(probs: Tensor, eps: float, center: str) -> Tensor:
-    probs = _rows(probs if probs.dtype == torch.float32 else probs.float())
+    probs = contiguous_rows(probs if probs.dtype == torch.float32 else probs.float())
     out = torch.empty(probs.shape, dtype=torch.float32)
     _C.inverse_softmax(
         probs.data_ptr(),
@@ -180,11 +146,10 @@ def inverse_softmax(probs: Tensor, eps: float, center: str) -> Tensor:
 
 
 def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if labels.shape != logits.shape[: labels.dim()]:
-        raise ValueError(f"labels: expected {len(logits)} rows as logits, got {list(labels.shape)}")
-    logits = _rows(logits)
+    check_labels(labels, logits)
+    logits = contiguous_rows(logits)
     hard = labels.dim() == 1
-    labels = labels.contiguous() if hard else _rows(labels.float())
+    labels = labels.contiguous() if hard else contiguous_rows(labels.float())
     derivatives = _C.temperature_nll(
         logits.data_ptr(),
         labels.data_ptr() if hard else 0,
@@ -369,7 +334,7 @@ def _lm_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Any, Callable[[Tensor], Tensor]]:
     """Logits of an LM's head for the library, and a function that computes those of some rows, float32 [n, V]."""
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
 
     def head(hidden: Tensor) -> Any:
         return _linear(hidden, weight, bias, scale=scale, softcap=softcap)
@@ -384,7 +349,7 @@ def _lm_logits(
 
 
 def softmax_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    logits = _rows(logits)
+    logits = contiguous_rows(logits)
     results = _softmax_stats(_existing(logits), *logits.shape, *options)
     return _look_again(results, options[-1], lambda rows: logits[rows].float())
 
@@ -411,7 +376,7 @@ def linear_temperature_nll(
     labels: Tensor,
     beta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels: expected {len(hidden)} rows as hidden, got {list(labels.shape)}")
     labels = labels.contiguous()
@@ -454,7 +419,7 @@ def _sigmoid_stats(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def sigmoid_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    logits = _rows(logits)
+    logits = contiguous_rows(logits)
     return _sigmoid_stats(_existing(logits), *logits.shape, *options)
 
 
@@ -466,7 +431,7 @@ def linear_sigmoid_stats(
     shift: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     row_scale, row_shift = (None if term is None else term.float().contiguous() for term in (scale, shift))
     logits = _linear(hidden, weight, bias, row_scale=row_scale, row_shift=row_shift)
     return _sigmoid_stats(logits, len(hidden), weight.shape[0], *options)
@@ -597,7 +562,7 @@ def _sample_negatives(
 
 
 def sample_negatives(logits: Tensor, *options: Any) -> Tensor:
-    logits = _rows(logits)
+    logits = contiguous_rows(logits)
     return _sample_negatives(_existing(logits), logits.shape[1], lambda rows: logits[rows].float(), *options)
 
 
@@ -629,7 +594,7 @@ def linear_vocab_bce(
     grad_hidden: bool,
     grad_weight: bool,
 ) -> tuple[Tensor, ...]:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     n, none = len(hidden), hidden.new_empty(0)
     per_row = {"scale": scale, "shift": shift, "targets": targets, "exclude_ids": exclude_ids, "weights": row_weights}
     for name, tensor in per_row.items():
