@@ -12,7 +12,7 @@ void temperature_rows(const cuda::Logits& logits, Address labels, Address soft_l
   args.labels = pointer<const std::int64_t>(labels);
   args.soft_labels = {pointer<const void>(soft_labels), soft_labels_stride};
   args.beta = pointer<const double>(beta);
-  args.partials = pointer<cuda::TemperatureSums<double>>(partials);
+  args.partials = pointer<cuda::TemperatureSums>(partials);
   args.terms = pointer<double>(terms);
   args.terms_stride = terms_stride;
   cuda::temperature_rows(args, stream_at(stream));
@@ -28,7 +28,7 @@ void temperature_means(Address terms, std::int64_t stride, std::int64_t count, A
 // Bytes of scratch for each row.
 std::int64_t temperature_scratch(std::int64_t vocab) {
   const std::int64_t parts = cuda::temperature_parts(vocab);
-  return parts > 1 ? parts * static_cast<std::int64_t>(sizeof(cuda::TemperatureSums<double>)) : 0;
+  return parts > 1 ? parts * static_cast<std::int64_t>(sizeof(cuda::TemperatureSums)) : 0;
 }
 
 }  // namespace

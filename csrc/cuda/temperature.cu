@@ -3,10 +3,11 @@
 //     log P - beta d_y     to the NLL,
 //     E[d] - d_y           to the first derivative,
 //     E[(d - E[d])^2]      to the second.
-// The lanes of a group read a row, or kTemperaturePart columns of it, once. Each keeps fp32 sums about a
-// centre of its own, the mean of the first logits that it meets, so that their rounding is relative to the
-// spread of d rather than to its size. Sums of lanes, and of the parts of a row, are moved to a common
-// maximum and centre and added in double. A negative beta is |beta| with the logits -z.
+// The lanes of a group read a row, or kTemperaturePart columns of it, once, 16 logits at a time. The rounding
+// of fp32 sums averages out over rows that differ, but logits made of stated probabilities are much alike. So
+// the mean of the 16 is first taken roughly, and their sums about that: errors are then relative to the
+// spread of d rather than to its size. The sums of the lanes, and of the parts of a row, are moved to a
+// common maximum and added in double. A negative beta is |beta| with the logits -z.
 #include "cuda/rows.h"
 #include "cuda/temperature.h"
 
@@ -34,72 +35,71 @@ struct Beta {
   }
 };
 
-template <class Real>
-using Sums = TemperatureSums<Real>;
+using Sums = TemperatureSums;
 
 // What can be subtracted from a logit although all logits are -infinity.
 __device__ float reference_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
-// The mean of some logits, none of them above `max`; 0 if all are -infinity.
-__device__ float centre_of(const float (&z)[kHeld], float max, const Beta& beta) {
-  float weight = 0, product = 0;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const float p = beta.power(z[i] - max);
-    weight += p;
-    if (p > 0) product = fmaf(p, z[i] - max, product);
-  }
-  return weight > 0 ? max + product / weight : 0.0f;
-}
+__device__ float finite(float d) { return d == -INFINITY ? 0.0f : d; }
 
-__device__ void add_logits(Sums<float>& sums, const float (&z)[kHeld], const Beta& beta) {
-  const float before = sums.max;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) sums.max = fmaxf(sums.max, z[i]);
-  const float max = reference_of(sums.max), shrink = beta.power(before - max);
-  sums.weight *= shrink, sums.first *= shrink, sums.second *= shrink;
-  // with nothing but -infinity so far any centre fits what is there
-  if (sums.weight == 0) sums.centre = centre_of(z, max, beta);
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const float d = z[i] - max, p = beta.power(d);
-    const float t = d == -INFINITY ? 0.0f : z[i] - sums.centre, weighted = p * t;
-    sums.weight += p;
-    sums.first += weighted;
-    sums.second = fmaf(weighted, t, sums.second);
-  }
-}
-
-// A label of probability 0 adds nothing, even where the logit is -infinity.
-__device__ void add_labels(Sums<float>& sums, const float (&z)[kHeld], const float (&labels)[kHeld]) {
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    sums.labels += labels[i];
-    if (labels[i] != 0) sums.target = fmaf(labels[i], z[i] - sums.centre, sums.target);
-  }
-}
-
-// The same sums about `max`, which is not below theirs, as the maximum and the centre.
-template <class Real>
-__device__ Sums<double> moved(const Sums<Real>& from, float max, const Beta& beta) {
+// The same sums relative to `max`, which is not below theirs.
+__device__ Sums moved(const Sums& from, float max, const Beta& beta) {
+  const double shift = static_cast<double>(reference_of(from.max)) - reference_of(max);
   const double shrink = beta.power(from.max - reference_of(max));
-  const double shift = static_cast<double>(from.centre) - reference_of(max);
-  Sums<double> to;
-  to.max = max, to.centre = reference_of(max);
+  Sums to;
+  to.max = max;
   to.weight = shrink * from.weight;
   to.first = shrink * (from.first + shift * from.weight);
-  to.second = shrink * (from.second + shift * (2.0 * from.first + shift * from.weight));
+  to.second = shrink * (from.second + shift * (2 * from.first + shift * from.weight));
   to.labels = from.labels;
   to.target = from.target + shift * from.labels;
   return to;
 }
 
+__device__ void add_logits(Sums& sums, const float (&z)[kHeld], const Beta& beta) {
+  float max = sums.max;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) max = fmaxf(max, z[i]);
+  sums = moved(sums, max, beta);
+  max = reference_of(max);
+  float p[kHeld], weight = 0, product = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    p[i] = beta.power(z[i] - max);
+    weight += p[i];
+    product = fmaf(p[i], finite(z[i] - max), product);
+  }
+  const float centre = weight > 0 ? product / weight : 0.0f;
+  float deviation = 0, squares = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const float t = finite(z[i] - max) - centre, weighted = p[i] * t;
+    deviation += weighted;
+    squares = fmaf(weighted, t, squares);
+  }
+  const double step = centre;
+  sums.weight += weight;
+  sums.first += deviation + step * weight;
+  sums.second += squares + step * (2.0 * deviation + step * weight);
+}
+
+// A label of probability 0 adds nothing, even where the logit is -infinity.
+__device__ void add_labels(Sums& sums, const float (&z)[kHeld], const float (&labels)[kHeld]) {
+  float sum = 0, target = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    sum += labels[i];
+    if (labels[i] != 0) target = fmaf(labels[i], z[i] - reference_of(sums.max), target);
+  }
+  sums.labels += sum, sums.target += target;
+}
+
 // Over the lanes of a group, a power of two; the same in all of them.
-template <bool kSoft, class Real>
-__device__ Sums<double> group_sums(const Sums<Real>& lane, int lanes, const Beta& beta) {
+template <bool kSoft>
+__device__ Sums group_sums(const Sums& lane, int lanes, const Beta& beta) {
   float max = lane.max;
   for (int bits = lanes / 2; bits > 0; bits /= 2) max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, bits));
-  Sums<double> sums = moved(lane, max, beta);
+  Sums sums = moved(lane, max, beta);
   const auto add = [&](double& term, int bits) { term += __shfl_xor_sync(kAllLanes, term, bits); };
   for (int bits = lanes / 2; bits > 0; bits /= 2) {
     add(sums.weight, bits), add(sums.first, bits), add(sums.second, bits);
@@ -110,14 +110,15 @@ __device__ Sums<double> group_sums(const Sums<Real>& lane, int lanes, const Beta
 
 // Adds a row's terms, given its sums about its maximum.
 template <class T, bool kSoft>
-__device__ void write_terms(const TemperatureRows& args, std::int64_t row, const Sums<double>& sums,
+__device__ void write_terms(const TemperatureRows& args, std::int64_t row, const Sums& sums,
                             const Beta& beta) {
   double target = sums.target;
   if (!kSoft) {
     const std::int64_t label = args.labels[row];
     const bool exists = label >= 0 && label < args.logits.vocab;
-    target =
-        exists ? beta.sign * LogitRow<T>(args.logits, row).at(label) - static_cast<double>(sums.centre) : NAN;
+    target = exists ? beta.sign * LogitRow<T>(args.logits, row).at(label) -
+                          static_cast<double>(reference_of(sums.max))
+                    : NAN;
   }
   const double mean = sums.first / sums.weight;  // NaN where there is no weight
   double* terms = args.terms + row;
@@ -169,8 +170,7 @@ struct Columns {
 
 // kPlain: the matrix holds the logits, and nothing is to be done to them. kSoft: labels are probabilities.
 template <class T, bool kPlain, bool kSoft>
-__global__ void __launch_bounds__(kThreads, kPlain && !kSoft ? 6 : 4)
-    read_temperature_rows(TemperatureRows args, int lanes) {
+__global__ void __launch_bounds__(kThreads) read_temperature_rows(TemperatureRows args, int lanes) {
   const std::int64_t vocab = args.logits.vocab, parts = temperature_parts(vocab);
   const std::int64_t group = (static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x) / lanes;
   const bool exists = group < args.logits.n * parts;  // else it helps its warp with a group that does
@@ -178,12 +178,12 @@ __global__ void __launch_bounds__(kThreads, kPlain && !kSoft ? 6 : 4)
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const std::int64_t start = part * kTemperaturePart;
   const int end = static_cast<int>(vocab - start < kTemperaturePart ? vocab - start : kTemperaturePart);
-  const LogitRow<T> logits(args.logits, row);
+  const LogitRow<T, kPlain> logits(args.logits, row);
   const Beta beta(*args.beta);
   const T fill = narrowed<T>(beta.sign * -INFINITY);
   const bool aligned = is_aligned(logits.logits);
 
-  Sums<float> sums;
+  Sums sums;
   for (int offset = 0; offset < end; offset += kHeld * lanes) {
     const Columns<T> columns{offset + lane * kPerLoad<T>, end, lanes};
     Vector<T> vectors[Columns<T>::kVectors];
@@ -193,11 +193,7 @@ __global__ void __launch_bounds__(kThreads, kPlain && !kSoft ? 6 : 4)
     for (int i = 0; i < kHeld; ++i) {
       const int column = columns.of(i / kPerLoad<T>) + i % kPerLoad<T>;
       const float element = as_float(vectors[i / kPerLoad<T>].items[i % kPerLoad<T>]);
-      if (kPlain) {
-        z[i] = beta.sign * element;
-      } else {
-        z[i] = column < end ? beta.sign * logits.finish(element, start + column) : -INFINITY;
-      }
+      z[i] = kPlain || column < end ? beta.sign * logits.finish(element, start + column) : -INFINITY;
     }
     add_logits(sums, z, beta);
     if constexpr (kSoft) {
@@ -207,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, kPlain && !kSoft ? 6 : 4)
       add_labels(sums, z, shares);
     }
   }
-  const Sums<double> total = group_sums<kSoft>(sums, lanes, beta);
+  const Sums total = group_sums<kSoft>(sums, lanes, beta);
   if (!exists || lane > 0) return;
   if (parts > 1) {
     args.partials[group] = total;
@@ -220,18 +216,18 @@ __global__ void __launch_bounds__(kThreads, kPlain && !kSoft ? 6 : 4)
 template <class T, bool kSoft>
 __global__ void __launch_bounds__(kWarp) merge_temperature_parts(TemperatureRows args) {
   const std::int64_t row = blockIdx.x, parts = temperature_parts(args.logits.vocab);
-  const Sums<double>* partials = args.partials + row * parts;
+  const Sums* partials = args.partials + row * parts;
   const Beta beta(*args.beta);
   float max = -INFINITY;
   for (std::int64_t part = threadIdx.x; part < parts; part += kWarp) max = fmaxf(max, partials[part].max);
-  Sums<double> sums;
-  sums.max = max, sums.centre = reference_of(max);
+  Sums sums;
+  sums.max = max;
   for (std::int64_t part = threadIdx.x; part < parts; part += kWarp) {
-    const Sums<double> more = moved(partials[part], max, beta);
+    const Sums more = moved(partials[part], max, beta);
     sums.weight += more.weight, sums.first += more.first, sums.second += more.second;
     sums.labels += more.labels, sums.target += more.target;
   }
-  const Sums<double> total = group_sums<kSoft>(sums, kWarp, beta);
+  const Sums total = group_sums<kSoft>(sums, kWarp, beta);
   if (threadIdx.x == 0) write_terms<T, kSoft>(args, row, total, beta);
 }
 
@@ -252,11 +248,6 @@ int lanes_for(std::int64_t vocab) {
   int lanes = 1;
   while (lanes < kWarp && lanes * kHeld < vocab) lanes *= 2;
   return lanes;
-}
-
-bool is_plain(const Logits& logits) {
-  return !logits.bias && !logits.addend && !logits.row_scale && !logits.row_shift && logits.scale == 1 &&
-         logits.softcap == 0;
 }
 
 }  // namespace

@@ -12,21 +12,19 @@ PYQE_HOST_DEVICE inline std::int64_t temperature_parts(std::int64_t vocab) {
   return (vocab + kTemperaturePart - 1) / kTemperaturePart;
 }
 
-// With p = exp(beta (z - max)), w = sum p, and the sums of w p (z - centre), p (z - centre)^2, y and y (z -
-// centre) for labels y.
-template <class Real>
+// With d = z - max and p = exp(beta d), the sums of p, p d, p d^2, and, for labels y, of y and y d.
 struct TemperatureSums {
-  float max = -INFINITY, centre = 0;
-  Real weight = 0, first = 0, second = 0, labels = 0, target = 0;
+  float max = -INFINITY;
+  double weight = 0, first = 0, second = 0, labels = 0, target = 0;
 };
 
 struct TemperatureRows {
   Logits logits;
-  const std::int64_t* labels;         // [n], or null where there are soft ones
-  Matrix soft_labels;                 // float [n, vocab]
-  const double* beta;                 // the device's
-  TemperatureSums<double>* partials;  // scratch [n, parts] where there is more than one part, else null
-  double* terms;                      // [3, n]: NLL, first and second derivative of each row
+  const std::int64_t* labels;  // [n], or null where there are soft ones
+  Matrix soft_labels;          // float [n, vocab]
+  const double* beta;          // the device's
+  TemperatureSums* partials;   // scratch [n, parts] where there is more than one part, else null
+  double* terms;               // [3, n]: NLL, first and second derivative of each row
   std::int64_t terms_stride;
 };
 

@@ -15,7 +15,7 @@ from pyqe.backends.operands import (
     check_labels,
     checked_head,
     checked_hidden,
-    contiguous_rows,
+    rows_of,
     sorted_pairs,
 )
 from pyqe.dominant import DominantRule
@@ -72,7 +72,7 @@ def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias:
 
 def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     check_grad(grad, token_ids)
-    weight, ids, grad = contiguous_rows(weight), token_ids.contiguous(), grad.float().contiguous()
+    weight, ids, grad = rows_of(weight), token_ids.contiguous(), grad.float().contiguous()
     out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype)
     _C.token_logits_backward_hidden(
         grad.data_ptr(),
@@ -129,7 +129,7 @@ def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vo
 
 
 def inverse_softmax(probs: Tensor, eps: float, center: str) -> Tensor:
-    probs = contiguous_rows(probs if probs.dtype == torch.float32 else probs.float())
+    probs = rows_of(probs if probs.dtype == torch.float32 else probs.float())
     out = torch.empty(probs.shape, dtype=torch.float32)
     _C.inverse_softmax(
         probs.data_ptr(),
@@ -147,9 +147,9 @@ def inverse_softmax(probs: Tensor, eps: float, center: str) -> Tensor:
 
 def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_labels(labels, logits)
-    logits = contiguous_rows(logits)
+    logits = rows_of(logits)
     hard = labels.dim() == 1
-    labels = labels.contiguous() if hard else contiguous_rows(labels.float())
+    labels = labels.contiguous() if hard else rows_of(labels.float())
     derivatives = _C.temperature_nll(
         logits.data_ptr(),
         labels.data_ptr() if hard else 0,
@@ -349,7 +349,7 @@ def _lm_logits(
 
 
 def softmax_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    logits = contiguous_rows(logits)
+    logits = rows_of(logits)
     results = _softmax_stats(_existing(logits), *logits.shape, *options)
     return _look_again(results, options[-1], lambda rows: logits[rows].float())
 
@@ -419,7 +419,7 @@ def _sigmoid_stats(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def sigmoid_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    logits = contiguous_rows(logits)
+    logits = rows_of(logits)
     return _sigmoid_stats(_existing(logits), *logits.shape, *options)
 
 
@@ -562,7 +562,7 @@ def _sample_negatives(
 
 
 def sample_negatives(logits: Tensor, *options: Any) -> Tensor:
-    logits = contiguous_rows(logits)
+    logits = rows_of(logits)
     return _sample_negatives(_existing(logits), logits.shape[1], lambda rows: logits[rows].float(), *options)
 
 

@@ -18,10 +18,10 @@ from pyqe.backends.cuda_library import (
     on_its_device,
     pointer,
     row_pointer,
-    rows_of,
     stream,
 )
 from pyqe.backends.cuda_product import row_chunks
+from pyqe.backends.operands import rows_of
 from pyqe.dominant import DominantRule
 
 _KINDS = {"": 0, "jump": 1, "top_k": 2, "top_p": 3, "min_p": 4, "epsilon": 5, "eta": 6}

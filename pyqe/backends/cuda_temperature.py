@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyqe.backends import reference
 from pyqe.backends.cuda_library import CODES, library, on_its_device, stream
-from pyqe.backends.operands import check_labels, contiguous_rows
+from pyqe.backends.operands import check_labels, rows_of
 
 
 def number_on(device: torch.device, beta: Tensor) -> Tensor:
@@ -67,8 +67,8 @@ def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tenso
         reference.check_ids("labels", labels, classes)
         labels = labels.contiguous()
     else:
-        labels = contiguous_rows(labels.float())
-    logits = contiguous_rows(logits)
+        labels = rows_of(labels.float())
+    logits = rows_of(logits)
     terms = torch.empty(3, n, dtype=torch.float64, device=logits.device)
     rows = library.logits(logits.data_ptr(), logits.stride(0), n, classes, CODES[logits.dtype])
     write_terms(rows, classes, labels, number_on(logits.device, beta), terms)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyqe.backends import reference
 from pyqe.backends.cuda_library import CODES, library, on_its_device, pointer, stream
-from pyqe.backends.operands import check_grad, checked_head, checked_hidden, contiguous_rows, sorted_pairs
+from pyqe.backends.operands import check_grad, checked_head, checked_hidden, rows_of, sorted_pairs
 
 
 @on_its_device
@@ -40,7 +40,7 @@ def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias:
 def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     check_grad(grad, token_ids)
     reference.check_ids("token_ids", token_ids, weight.shape[0])
-    weight, ids, grad = contiguous_rows(weight), token_ids.contiguous(), grad.float().contiguous()
+    weight, ids, grad = rows_of(weight), token_ids.contiguous(), grad.float().contiguous()
     grad_hidden = weight.new_empty(ids.shape[0], weight.shape[1])
     library.token_logits_grad_hidden(
         grad=grad.data_ptr(),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def contiguous_rows(matrix: Tensor) -> Tensor:
+def rows_of(matrix: Tensor) -> Tensor:
     """The matrix with contiguous rows, which may be any (non-negative) distance apart."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
@@ -30,7 +30,7 @@ def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
         raise ValueError(
             f"bias: expected [{weight.shape[0]}] in {weight.dtype}, got {list(bias.shape)} in {bias.dtype}"
         )
-    return contiguous_rows(hidden), contiguous_rows(weight), None if bias is None else bias.contiguous()
+    return rows_of(hidden), rows_of(weight), None if bias is None else bias.contiguous()
 
 
 def checked_hidden(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def checked_hidden(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
     check_grad(grad, token_ids)
     if len(hidden) != len(token_ids):
         raise ValueError(f"hidden: expected {len(token_ids)} rows as token_ids, got {len(hidden)}")
-    return contiguous_rows(hidden)
+    return rows_of(hidden)
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
