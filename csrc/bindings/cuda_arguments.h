@@ -23,5 +23,7 @@ inline cuda::Stream stream_at(Address address) { return reinterpret_cast<cuda::S
 void bind_decode(py::module_& m);
 void bind_sampling(py::module_& m);
 void bind_statistics(py::module_& m);
+void bind_temperature(py::module_& m);
+void bind_token_logits(py::module_& m);
 
 }  // namespace pyqe

@@ -41,6 +41,8 @@ PYBIND11_MODULE(_cuda, m) {
   bind_decode(m);
   bind_sampling(m);
   bind_statistics(m);
+  bind_temperature(m);
+  bind_token_logits(m);
   m.def("inverse_softmax", &inverse_softmax, py::kw_only(), py::arg("probs"), py::arg("logits"), py::arg("n"),
         py::arg("classes"), py::arg("stride"), py::arg("eps"), py::arg("center"), py::arg("dtype"),
         py::arg("stream"));

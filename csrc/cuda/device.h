@@ -51,9 +51,9 @@ __device__ bool is_aligned(const T* address) {
   return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
 }
 
-template <class T>
-struct alignas(16) Vector {
-  T items[kPerLoad<T>];
+template <class T, int kCount = kPerLoad<T>>
+struct alignas(kCount * sizeof(T)) Vector {
+  T items[kCount];
 };
 
 // 16 bytes that are read once: they need not displace anything in the caches.
@@ -79,17 +79,30 @@ __device__ Vector<T> load(const T* address) {
   return vector;
 }
 
-// e^x to about 1e-6, for x <= 0 or not: one multiplication and the special function unit.
-__device__ inline float fast_exp(float x) {
-  const float exponent = x * 1.44269504f;
+// 16 bytes that nothing here reads again.
+template <class T>
+__device__ void store_once(T* address, const Vector<T>& vector) {
+#ifdef PYQE_CUDA_EMULATED
+  if (!is_aligned(address)) throw std::logic_error("a store of 16 bytes is not aligned");
+#endif
+  uint4 bits;
+  memcpy(&bits, &vector, sizeof bits);
+  __stcs(reinterpret_cast<uint4*>(address), bits);
+}
+
+// 2^x by the special function unit: 2 units in the last place, 0 below 2^-126.
+__device__ inline float exp2_of(float x) {
 #ifdef __CUDA_ARCH__
   float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 #else
-  return exp2f(exponent);
+  return exp2f(x);
 #endif
 }
+
+// e^x to about 1e-6, for x <= 0 or not: one multiplication and the special function unit.
+__device__ inline float fast_exp(float x) { return exp2_of(x * 1.44269504f); }
 
 __device__ inline float fast_sigmoid(float x) {
   const float power = 1.0f + fast_exp(-x);

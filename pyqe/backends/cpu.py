@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyqe.backends import reference
+from pyqe.backends.operands import check_shape, checked_head, checked_hidden, floats, row_terms, rows_of, sorted_pairs
 from pyqe.backends.sources import Sources
 from pyqe.dominant import DominantRule
 
@@ -39,38 +40,9 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _floats(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
-
-
-def _rows(matrix: Tensor) -> Tensor:
-    """The matrix with contiguous rows, which may be any (non-negative) distance apart."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
-
-
-def _check_pair(name: str, tensor: Tensor, dim: int, dtype: torch.dtype) -> None:
-    """The library trusts what it is given: look before pointers go across."""
-    if tensor.shape[1] != dim or tensor.dtype != dtype:
-        raise ValueError(f"{name}: expected [..., {dim}] in {dtype}, got {list(tensor.shape)} in {tensor.dtype}")
-
-
-def _check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
-
-
-def _checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    _check_pair("hidden", hidden, weight.shape[1], weight.dtype)
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        raise ValueError(
-            f"bias: expected [{weight.shape[0]}] in {weight.dtype}, got {list(bias.shape)} in {bias.dtype}"
-        )
-    return _rows(hidden), _rows(weight), None if bias is None else bias.contiguous()
-
-
 def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
-    _check_shape("token_ids", token_ids, len(hidden), token_ids.shape[-1])
+    hidden, weight, bias = checked_head(hidden, weight, bias)
+    check_shape("token_ids", token_ids, len(hidden), token_ids.shape[-1])
     ids = token_ids.contiguous()
     out = torch.empty(ids.shape, dtype=torch.float32)
     _C.token_logits_forward(
@@ -92,8 +64,8 @@ def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias:
 
 
 def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    _check_shape("grad", grad, *token_ids.shape)
-    weight, ids, grad = _rows(weight), token_ids.contiguous(), grad.float().contiguous()
+    check_shape("grad", grad, *token_ids.shape)
+    weight, ids, grad = rows_of(weight), token_ids.contiguous(), grad.float().contiguous()
     out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype)
     _C.token_logits_backward_hidden(
         grad.data_ptr(),
@@ -109,16 +81,6 @@ def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) ->
         threads=torch.get_num_threads(),
     )
     return out
-
-
-def _sorted_pairs(token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs (as places in the flattened ids) sorted by token, where each token's pairs start, and the tokens."""
-    tokens, pairs = torch.sort(token_ids.reshape(-1), stable=True)
-    padding = int(torch.searchsorted(tokens, 0))
-    row_ids, counts = torch.unique_consecutive(tokens[padding:], return_counts=True)
-    starts = torch.zeros(len(row_ids) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=starts[1:])
-    return pairs[padding:].contiguous(), starts, row_ids.contiguous()
 
 
 def _accumulate_rows(
@@ -141,23 +103,17 @@ def _accumulate_rows(
     )
 
 
-def _checked_hidden(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    _check_shape("grad", grad, *token_ids.shape)
-    _check_shape("hidden", hidden, len(token_ids), hidden.shape[-1])
-    return _rows(hidden)
-
-
 def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    pairs, starts, row_ids = _sorted_pairs(token_ids)
-    hidden = _checked_hidden(grad, hidden, token_ids)
+    pairs, starts, row_ids = sorted_pairs(token_ids)
+    hidden = checked_hidden(grad, hidden, token_ids)
     out = torch.empty(len(row_ids), hidden.shape[1], dtype=hidden.dtype)
     _accumulate_rows(grad.float().contiguous(), hidden, token_ids.shape[1], pairs, starts, None, out)
     return row_ids, out
 
 
 def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
-    pairs, starts, row_ids = _sorted_pairs(token_ids)
-    hidden = _checked_hidden(grad, hidden, token_ids)
+    pairs, starts, row_ids = sorted_pairs(token_ids)
+    hidden = checked_hidden(grad, hidden, token_ids)
     if len(row_ids) and int(row_ids[-1]) >= vocab_size:
         raise IndexError(f"token_ids: expected ids in [0, {vocab_size}), got {int(row_ids[-1])}")
     out = torch.zeros(vocab_size, hidden.shape[1], dtype=hidden.dtype)
@@ -166,7 +122,7 @@ def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vo
 
 
 def inverse_softmax(probs: Tensor, eps: float, center: str) -> Tensor:
-    probs = _rows(probs if probs.dtype == torch.float32 else probs.float())
+    probs = rows_of(probs if probs.dtype == torch.float32 else probs.float())
     out = torch.empty(probs.shape, dtype=torch.float32)
     _C.inverse_softmax(
         probs.data_ptr(),
@@ -184,9 +140,9 @@ def inverse_softmax(probs: Tensor, eps: float, center: str) -> Tensor:
 
 def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hard = labels.dim() == 1
-    _check_shape("labels", labels, *logits.shape[: 1 if hard else 2])
-    logits = _rows(logits)
-    labels = labels.contiguous() if hard else _rows(labels.float())
+    check_shape("labels", labels, *logits.shape[: 1 if hard else 2])
+    logits = rows_of(logits)
+    labels = labels.contiguous() if hard else rows_of(labels.float())
     derivatives = _C.temperature_nll(
         logits.data_ptr(),
         labels.data_ptr() if hard else 0,
@@ -371,7 +327,7 @@ def _lm_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Any, Callable[[Tensor], Tensor]]:
     """Logits of an LM's head for the library, and a function that computes those of some rows, float32 [n, V]."""
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
 
     def head(hidden: Tensor) -> Any:
         return _linear(hidden, weight, bias, scale=scale, softcap=softcap)
@@ -386,7 +342,7 @@ def _lm_logits(
 
 
 def softmax_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    logits = _rows(logits)
+    logits = rows_of(logits)
     results = _softmax_stats(_existing(logits), *logits.shape, *options)
     return _look_again(results, options[-1], lambda rows: logits[rows].float())
 
@@ -413,8 +369,8 @@ def linear_temperature_nll(
     labels: Tensor,
     beta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
-    _check_shape("labels", labels, len(hidden))
+    hidden, weight, bias = checked_head(hidden, weight, bias)
+    check_shape("labels", labels, len(hidden))
     labels = labels.contiguous()
     logits = _linear(hidden, weight, bias, scale=logit_scale, softcap=logit_softcap)
     return _scalars(
@@ -455,15 +411,8 @@ def _sigmoid_stats(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def sigmoid_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    logits = _rows(logits)
+    logits = rows_of(logits)
     return _sigmoid_stats(_existing(logits), *logits.shape, *options)
-
-
-def _row_terms(n: int, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and shift of each row, as the library takes them."""
-    _check_shape("scale", scale, n)
-    _check_shape("shift", shift, n)
-    return _floats(scale), _floats(shift)
 
 
 def linear_sigmoid_stats(
@@ -474,8 +423,8 @@ def linear_sigmoid_stats(
     shift: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
-    row_scale, row_shift = _row_terms(len(hidden), scale, shift)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
+    row_scale, row_shift = row_terms(len(hidden), scale, shift)
     logits = _linear(hidden, weight, bias, row_scale=row_scale, row_shift=row_shift)
     return _sigmoid_stats(logits, len(hidden), weight.shape[0], *options)
 
@@ -504,12 +453,12 @@ def linear_joint_stats(
     logits, logits_of = _lm_logits(hidden, weight, bias, logit_scale, logit_softcap)
     softmax = _Softmax.of(logits, n, vocab_size, token_ids, choice_ids, top_k, temperature, entropy, dominant)
     request, _ids, results = _sigmoid_request(logits, n, vocab_size, token_ids, sigmoid_top_k, threshold)
-    row_scale, row_shift = _row_terms(n, scale, shift)
+    row_scale, row_shift = row_terms(n, scale, shift)
     rank = 0 if projected is None or factors is None else factors.shape[-1]
-    _check_shape("token_bias", token_bias, vocab_size)
-    _check_shape("projected", projected, n, rank)
-    _check_shape("factors", factors, vocab_size, rank)
-    token_bias, projected, factors = _floats(token_bias), _floats(projected), _floats(factors)
+    check_shape("token_bias", token_bias, vocab_size)
+    check_shape("projected", projected, n, rank)
+    check_shape("factors", factors, vocab_size, rank)
+    token_bias, projected, factors = floats(token_bias), floats(projected), floats(factors)
     _C.joint_stats(
         softmax.request,
         request,
@@ -542,10 +491,10 @@ def _sample_negatives(
     exclude: str,
     unigram_counts: Tensor | None,
 ) -> Tensor:
-    _check_shape("targets", targets, n)
-    _check_shape("unigram_counts", unigram_counts, vocab_size)
+    check_shape("targets", targets, n)
+    check_shape("unigram_counts", unigram_counts, vocab_size)
     rule = DominantRule.parse(exclude) if exclude else None
-    drawn = Sources.of(sources, shares, mixture_weights, combination, temperature, _floats(unigram_counts))
+    drawn = Sources.of(sources, shares, mixture_weights, combination, temperature, floats(unigram_counts))
     targets = targets.contiguous()
     ids = torch.empty(n, sum(shares), dtype=torch.int64)
     undecided = torch.empty(n, dtype=torch.int64)
@@ -571,7 +520,7 @@ def _sample_negatives(
 
 
 def sample_negatives(logits: Tensor, *options: Any) -> Tensor:
-    logits = _rows(logits)
+    logits = rows_of(logits)
     n, vocab_size = logits.shape
     return _sample_negatives(_existing(logits), n, vocab_size, lambda rows: logits[rows].float(), *options)
 
@@ -604,13 +553,13 @@ def linear_vocab_bce(
     grad_hidden: bool,
     grad_weight: bool,
 ) -> tuple[Tensor, ...]:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     n, none = len(hidden), hidden.new_empty(0)
     n_exclude = 0 if exclude_ids is None else exclude_ids.shape[-1]
-    _check_shape("targets", targets, n)
-    _check_shape("exclude_ids", exclude_ids, n, n_exclude)
-    _check_shape("row_weights", row_weights, n)
-    row_scale, row_shift = _row_terms(n, scale, shift)
+    check_shape("targets", targets, n)
+    check_shape("exclude_ids", exclude_ids, n, n_exclude)
+    check_shape("row_weights", row_weights, n)
+    row_scale, row_shift = row_terms(n, scale, shift)
     ids, excluded = targets.contiguous(), None if exclude_ids is None else exclude_ids.contiguous()
     row_weights = row_weights.float().contiguous()
     total, losses = torch.empty(()), torch.empty(n)

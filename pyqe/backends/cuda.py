@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqe.backends import cuda_sampling, cuda_statistics
-from pyqe.backends.cuda_library import CODES, EMULATOR, library, on_its_device, rows_of, stream, unavailable
+from pyqe.backends import cuda_sampling, cuda_statistics, cuda_temperature, cuda_token_logits
+from pyqe.backends.cuda_library import CODES, EMULATOR, library, on_its_device, stream, unavailable
+from pyqe.backends.operands import rows_of
 
 __all__ = ["DEVICES", "DTYPES", "OPERATIONS", "unavailable"]
 
@@ -43,7 +44,12 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear_sample_negatives": cuda_sampling.linear_sample_negatives,
     "linear_sigmoid_stats": cuda_statistics.linear_sigmoid_stats,
     "linear_softmax_stats": cuda_statistics.linear_softmax_stats,
+    "linear_token_logits": cuda_token_logits.linear_token_logits,
     "sample_negatives": cuda_sampling.sample_negatives,
     "sigmoid_stats": cuda_statistics.sigmoid_stats,
     "softmax_stats": cuda_statistics.softmax_stats,
+    "temperature_nll": cuda_temperature.temperature_nll,
+    "token_logits_grad_hidden": cuda_token_logits.token_logits_grad_hidden,
+    "token_logits_grad_rows": cuda_token_logits.token_logits_grad_rows,
+    "token_logits_grad_weight": cuda_token_logits.token_logits_grad_weight,
 }

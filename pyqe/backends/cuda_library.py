@@ -66,13 +66,3 @@ def pointer(tensor: Tensor | None) -> int:
 def row_pointer(matrix: Tensor, row: int) -> int:
     """Where a row starts; slicing would cost a tensor."""
     return matrix.data_ptr() + row * matrix.stride(0) * matrix.element_size()
-
-
-def rows_of(matrix: Tensor) -> Tensor:
-    """The same matrix with elements of a row next to each other; rows may be apart."""
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
-
-
-def float_vector(vector: Tensor | None) -> Tensor | None:
-    """The same in float32, elements next to each other."""
-    return None if vector is None else vector.float().contiguous()

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyqe.backends import reference
-from pyqe.backends.cuda_library import float_vector, library, on_its_device, pointer, rows_of, stream
+from pyqe.backends.cuda_library import library, on_its_device, pointer, stream
 from pyqe.backends.cuda_product import row_chunks
 from pyqe.backends.cuda_statistics import Rows, dominant_rows
+from pyqe.backends.operands import floats, rows_of
 from pyqe.backends.sources import Sources
 
 CHUNK = 1024  # rows whose marks and sums of tiles are kept at a time: 21 KB each for 128256 tokens
@@ -41,7 +42,7 @@ class _Sampler:
         if unigram_counts is not None and unigram_counts.shape != (vocab_size,):
             raise ValueError(f"unigram_counts: expected [{vocab_size}], got {list(unigram_counts.shape)}")
         self.targets, self.seed, self.exclude = targets.contiguous(), seed, exclude
-        counts = float_vector(unigram_counts)
+        counts = floats(unigram_counts)
         self.sources = Sources.of(sources, shares, mixture_weights, combination, temperature, counts)
         self.tile_counts = None if self.sources.counts is None else _tile_counts(self.sources.counts)
         self.ids = torch.empty(n, sum(shares), dtype=torch.int64, device=targets.device)
@@ -103,7 +104,7 @@ def linear_sample_negatives(
     *options: Any,
 ) -> Tensor:
     sampler = _Sampler(hidden.shape[0], weight.shape[0], *options)
-    bias = float_vector(bias)
+    bias = floats(bias)
     for rows, logits in row_chunks(hidden, weight):
         sampler.draw(Rows(logits, bias, scale=logit_scale, softcap=logit_softcap), rows.start)
     return sampler.ids

@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 
 from pyqe.backends import reference
-from pyqe.backends.cuda_library import (
-    CODES,
-    float_vector,
-    library,
-    on_its_device,
-    pointer,
-    row_pointer,
-    rows_of,
-    stream,
-)
+from pyqe.backends.cuda_library import CODES, library, on_its_device, pointer, row_pointer, stream
 from pyqe.backends.cuda_product import row_chunks
+from pyqe.backends.operands import floats, rows_of
 from pyqe.dominant import DominantRule
 
 _KINDS = {"": 0, "jump": 1, "top_k": 2, "top_p": 3, "min_p": 4, "epsilon": 5, "eta": 6}
@@ -318,7 +310,7 @@ class _Pass:
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Iterator[Block]:
     """Blocks of an LM's logits."""
-    bias = float_vector(bias)
+    bias = floats(bias)
     for rows, dots in row_chunks(hidden, weight):
         yield rows, Rows(dots, bias, scale=scale, softcap=softcap), None
 
@@ -381,7 +373,7 @@ def linear_sigmoid_stats(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     n, vocab_size = len(hidden), len(weight)
-    bias, scale, shift = map(float_vector, (bias, scale, shift))
+    bias, scale, shift = map(floats, (bias, scale, shift))
     sigmoid = _Sigmoid(n, vocab_size, hidden.device, *options)
     asked = _Pass(n, vocab_size, hidden.device, (token_ids, None), None, sigmoid)
     asked.run(
@@ -413,7 +405,7 @@ def linear_joint_stats(
     threshold: float | None,
 ) -> tuple[Tensor, ...]:
     n, vocab_size = len(hidden), len(weight)
-    scale, shift, token_bias = scale.float(), shift.float(), float_vector(token_bias)
+    scale, shift, token_bias = scale.float(), shift.float(), floats(token_bias)
     softmax = _Softmax(n, vocab_size, hidden.device, top_k, temperature, entropy, dominant)
     sigmoid = _Sigmoid(n, vocab_size, hidden.device, sigmoid_top_k, threshold)
     asked = _Pass(n, vocab_size, hidden.device, (token_ids, choice_ids), softmax, sigmoid)

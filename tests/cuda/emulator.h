@@ -284,6 +284,10 @@ template <class T>
 T __ldg(const T* address) {
   return *address;
 }
+template <class T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
 inline int atomicAdd(int* address, int value) {
   const int before = *address;
   *address += value;
