@@ -72,4 +72,5 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True)
 
 
-setup(ext_modules=[Extension("pyqe._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+names = ["pyqe._C", *(["pyqe._cuda"] if build_cuda() else [])]  # the first build makes both
+setup(ext_modules=[Extension(name, sources=[]) for name in names], cmdclass={"build_ext": CMakeBuild})

@@ -44,6 +44,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear_sample_negatives": cuda_sampling.linear_sample_negatives,
     "linear_sigmoid_stats": cuda_statistics.linear_sigmoid_stats,
     "linear_softmax_stats": cuda_statistics.linear_softmax_stats,
+    "linear_temperature_nll": cuda_temperature.linear_temperature_nll,
     "linear_token_logits": cuda_token_logits.linear_token_logits,
     "sample_negatives": cuda_sampling.sample_negatives,
     "sigmoid_stats": cuda_statistics.sigmoid_stats,

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from pyqe.backends import reference
 from pyqe.backends.cuda_library import library, on_its_device, pointer, stream
-from pyqe.backends.cuda_product import row_chunks
-from pyqe.backends.cuda_statistics import Rows, dominant_rows
-from pyqe.backends.operands import floats, rows_of
+from pyqe.backends.cuda_statistics import Rows, dominant_rows, head_blocks
+from pyqe.backends.operands import check_shape, floats, rows_of
 from pyqe.backends.sources import Sources
 
 CHUNK = 1024  # rows whose marks and sums of tiles are kept at a time: 21 KB each for 128256 tokens
@@ -37,10 +36,8 @@ class _Sampler:
         unigram_counts: Tensor | None,
     ) -> None:
         reference.check_ids("targets", targets, vocab_size)
-        if targets.shape != (n,):
-            raise ValueError(f"targets: expected [{n}], got {list(targets.shape)}")
-        if unigram_counts is not None and unigram_counts.shape != (vocab_size,):
-            raise ValueError(f"unigram_counts: expected [{vocab_size}], got {list(unigram_counts.shape)}")
+        check_shape("targets", targets, n)
+        check_shape("unigram_counts", unigram_counts, vocab_size)
         self.targets, self.seed, self.exclude = targets.contiguous(), seed, exclude
         counts = floats(unigram_counts)
         self.sources = Sources.of(sources, shares, mixture_weights, combination, temperature, counts)
@@ -104,7 +101,6 @@ def linear_sample_negatives(
     *options: Any,
 ) -> Tensor:
     sampler = _Sampler(hidden.shape[0], weight.shape[0], *options)
-    bias = floats(bias)
-    for rows, logits in row_chunks(hidden, weight):
-        sampler.draw(Rows(logits, bias, scale=logit_scale, softcap=logit_softcap), rows.start)
+    for rows, source, _ in head_blocks(hidden, weight, bias, logit_scale, logit_softcap):
+        sampler.draw(source, rows.start)
     return sampler.ids

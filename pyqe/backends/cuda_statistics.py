@@ -13,7 +13,7 @@ from torch import Tensor
 from pyqe.backends import reference
 from pyqe.backends.cuda_library import CODES, library, on_its_device, pointer, row_pointer, stream
 from pyqe.backends.cuda_product import row_chunks
-from pyqe.backends.operands import floats, rows_of
+from pyqe.backends.operands import check_shape, checked_head, floats, row_terms, rows_of
 from pyqe.dominant import DominantRule
 
 _KINDS = {"": 0, "jump": 1, "top_k": 2, "top_p": 3, "min_p": 4, "epsilon": 5, "eta": 6}
@@ -308,8 +308,11 @@ class _Pass:
         return self.softmax.results(tokens.clone(), choices.clone())
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Iterator[Block]:
+def head_blocks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Iterator[Block]:
     """Blocks of an LM's logits."""
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     bias = floats(bias)
     for rows, dots in row_chunks(hidden, weight):
         yield rows, Rows(dots, bias, scale=scale, softcap=softcap), None
@@ -349,7 +352,7 @@ def linear_softmax_stats(
     n, vocab_size = len(hidden), len(weight)
     softmax = _Softmax(n, vocab_size, hidden.device, *options)
     asked = _Pass(n, vocab_size, hidden.device, (token_ids, choice_ids), softmax, None)
-    asked.run(_head(hidden, weight, bias, logit_scale, logit_softcap))
+    asked.run(head_blocks(hidden, weight, bias, logit_scale, logit_softcap))
     return asked.softmax_results()
 
 
@@ -372,8 +375,9 @@ def linear_sigmoid_stats(
     token_ids: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     n, vocab_size = len(hidden), len(weight)
-    bias, scale, shift = map(floats, (bias, scale, shift))
+    bias, (scale, shift) = floats(bias), row_terms(n, scale, shift)
     sigmoid = _Sigmoid(n, vocab_size, hidden.device, *options)
     asked = _Pass(n, vocab_size, hidden.device, (token_ids, None), None, sigmoid)
     asked.run(
@@ -405,13 +409,19 @@ def linear_joint_stats(
     threshold: float | None,
 ) -> tuple[Tensor, ...]:
     n, vocab_size = len(hidden), len(weight)
+    check_shape("scale", scale, n)
+    check_shape("shift", shift, n)
+    check_shape("token_bias", token_bias, vocab_size)
+    rank = 0 if factors is None else factors.shape[-1]
+    check_shape("projected", projected, n, rank)
+    check_shape("factors", factors, vocab_size, rank)
     scale, shift, token_bias = scale.float(), shift.float(), floats(token_bias)
     softmax = _Softmax(n, vocab_size, hidden.device, top_k, temperature, entropy, dominant)
     sigmoid = _Sigmoid(n, vocab_size, hidden.device, sigmoid_top_k, threshold)
     asked = _Pass(n, vocab_size, hidden.device, (token_ids, choice_ids), softmax, sigmoid)
 
     def blocks() -> Iterator[Block]:
-        for rows, source, _ in _head(hidden, weight, bias, logit_scale, logit_softcap):
+        for rows, source, _ in head_blocks(hidden, weight, bias, logit_scale, logit_softcap):
             addend = None
             if projected is not None and factors is not None:
                 addend = projected[rows].float() @ factors.float().T

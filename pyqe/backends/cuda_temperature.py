@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyqe.backends import reference
 from pyqe.backends.cuda_library import CODES, library, on_its_device, stream
+from pyqe.backends.cuda_statistics import head_blocks
 from pyqe.backends.operands import check_shape, rows_of
 
 
@@ -72,4 +73,23 @@ def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tenso
     terms = torch.empty(3, n, dtype=torch.float64, device=logits.device)
     rows = library.logits(logits.data_ptr(), logits.stride(0), n, classes, CODES[logits.dtype])
     write_terms(rows, classes, labels, number_on(logits.device, beta), terms)
+    return mean_terms(terms)
+
+
+@on_its_device
+def linear_temperature_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    labels: Tensor,
+    beta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_shape("labels", labels, len(hidden))
+    reference.check_ids("labels", labels, len(weight))
+    labels, number = labels.contiguous(), number_on(hidden.device, beta)
+    terms = torch.empty(3, len(hidden), dtype=torch.float64, device=hidden.device)
+    for rows, source, _ in head_blocks(hidden, weight, bias, logit_scale, logit_softcap):
+        write_terms(source.handle(), len(weight), labels[rows], number, terms[:, rows])
     return mean_terms(terms)

@@ -13,8 +13,7 @@ from pyqe.backends.operands import check_shape, checked_head, checked_hidden, ro
 @on_its_device
 def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
     hidden, weight, bias = checked_head(hidden, weight, bias)
-    if len(token_ids) != len(hidden):
-        raise ValueError(f"token_ids: expected {len(hidden)} rows as hidden, got {len(token_ids)}")
+    check_shape("token_ids", token_ids, len(hidden), token_ids.shape[-1])
     reference.check_ids("token_ids", token_ids, weight.shape[0])
     ids = token_ids.contiguous()
     logits = torch.empty(ids.shape, device=hidden.device)
