@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 HOST_CALLS = 100  # in a row, when the host is timed
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RIVAL_ERRORS = (
+RIVAL_ERRORS = (
     RuntimeError,
     ValueError,
     TypeError,
@@ -199,7 +199,7 @@ def _attempt(item: Measurement, device: Device, call: Callable[[], T]) -> T | No
             return call()
     except UnservedError as error:
         item.missing = str(error)
-    except _RIVAL_ERRORS as error:
+    except RIVAL_ERRORS as error:
         item.missing = f"failed: {type(error).__name__}: {' '.join(str(error).split()):.200}"
         device.check()
     return None

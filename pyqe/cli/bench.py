@@ -104,6 +104,7 @@ _choice_options = option_group(
 @click.argument("suites", nargs=-1, type=click.Choice(_EVERY_SUITE))
 @_choice_options
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Everything measured.")
+@click.option("--page", metavar="FILE", type=click.Path(path_type=Path), help="The tables as Markdown.")
 @click.option("--plots", "folder", metavar="FOLDER", type=click.Path(path_type=Path), help="Figures as PNG and SVG.")
 @click.option("--resume", is_flag=True, help="Keep the cases that the JSON file has already.")
 @click.option("--budget", metavar="SECONDS", type=float, default=float("inf"), help="Start no case after that.")
@@ -112,6 +113,7 @@ def command(
     suites: Sequence[str],
     choice: Choice,
     json_file: Path | None,
+    page: Path | None,
     folder: Path | None,
     resume: bool,
     budget: float,
@@ -149,7 +151,7 @@ def command(
         plots.check()
     if choice.threads is not None:
         torch.set_num_threads(choice.threads)
-    with _Display(json_file) as display:
+    with _Display(json_file, page) as display:
         report = run(
             chosen,
             settings,
@@ -159,8 +161,7 @@ def command(
             earlier=_earlier(json_file) if resume else None,
             budget=budget,
         )
-    if json_file is not None:
-        _write(json_file, report)
+        display.write(report)
     if folder is not None:
         written = plots.write_plots(report, folder)
         message = f"{len(written)} files in {folder}" if written else "nothing: a line takes two --n or two --models"
@@ -186,12 +187,12 @@ def _exit(report: dict[str, Any]) -> None:
 
 
 class _Display:
-    """Prints the cases as they come, writes the file, and moves the progress bar."""
+    """Prints the cases as they come, writes the files, and moves the progress bar."""
 
-    def __init__(self, json_file: Path | None) -> None:
+    def __init__(self, json_file: Path | None, page: Path | None) -> None:
         from tqdm import tqdm
 
-        self._json_file = json_file
+        self._json_file, self._page = json_file, page
         self._bar = tqdm(unit=" cases", disable=None, leave=False)
 
     def __enter__(self) -> _Display:
@@ -211,8 +212,15 @@ class _Display:
 
         self._bar.update()
         self._print(["", *case_lines(case)])
+        self.write(report)
+
+    def write(self, report: dict[str, Any]) -> None:
+        from pyqe.bench.bars import markdown
+
         if self._json_file is not None:
-            _write(self._json_file, report)
+            _write(self._json_file, json.dumps(report, indent=1) + "\n")
+        if self._page is not None:
+            _write(self._page, markdown(report))
 
     def progress(self, text: str) -> None:
         self._bar.set_postfix_str(text)
@@ -222,6 +230,6 @@ class _Display:
             click.echo("\n".join(lines))
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
+def _write(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
