@@ -10,6 +10,8 @@ from pyqe.bench.table import case_lines, machine_lines
 
 Report = Mapping[str, Any]
 Row = dict[str, Any]
+_MODELS = {"logits": "Qwen3-0.6B", "overhead": "128x64"}  # of a suite; of all others Llama-3-8B
+
 Figure = Callable[[Row, Callable[[str], Row]], float]  # of pyqe's row, and of others' by name
 
 
@@ -18,7 +20,7 @@ class Bar:
     """A case, a figure of it, and the limit that it is held to.
 
     Args:
-        suite, name, n, dtype: of the case; the model is that of the bars, wherever a suite has several.
+        suite, name, n, dtype: of the case, whose model is that of :data:`_MODELS`.
         what: the figure in words.
         figure: the figure; KeyError where a rival that it needs has none.
         limit: the bar.
@@ -49,6 +51,7 @@ class Bar:
 
     def _measured(self, report: Report) -> float:
         wanted = {"suite": self.suite, "name": self.name, "n": self.n, "dtype": self.dtype}
+        wanted["model"] = _MODELS.get(self.suite, "Llama-3-8B")
         for case in report["cases"]:
             if all(case.get(name) == value for name, value in wanted.items()):
                 rows = {row["rival"]: row for row in case["rivals"]}
