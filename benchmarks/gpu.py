@@ -126,7 +126,8 @@ class Run:
         outcome = self.python("list", seconds, *self._bench_command(), "--list")
         if outcome.status == "ok":
             outcome = self.python("list", seconds, "benchmarks/tune.py", "--dry-run")
-        print((self.out / "list.log").read_text(encoding="utf-8"))
+        if outcome.status == "ok":
+            print((self.out / "list.log").read_text(encoding="utf-8"))
         return outcome
 
     def _conformance(self, seconds: float) -> Outcome:
