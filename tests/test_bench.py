@@ -369,6 +369,8 @@ def test_gpu_suites_run_on_every_backend(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {found["suite"] for found in report["cases"]} == set(names)
     for found in report["cases"]:
         rows = {row["rival"]: row for row in found["rivals"]}
+        if found["name"] in ("both heads", "training step"):  # of more than one operation
+            continue
         assert {"pyqe", "pyqe, cuda", "pyqe, triton", "pyqe, reference"} <= set(rows), found["key"]
         assert rows["pyqe, reference"]["backend"] == "reference"
         assert set(rows["pyqe, reference"]["backends"].values()) == {"reference"}

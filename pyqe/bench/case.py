@@ -232,3 +232,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` of a function, with shapes of earlier cases forgotten: after eight it would give up."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
+
+
+def compiled_rival(
+    function: Callable[..., Any],
+    device: str,
+    *,
+    on_gpu: bool,
+    around: Callable[[Callable[..., Any]], Callable[..., Outcome]] = lambda function: function,
+) -> Rival:
+    """Eager torch, compiled, with what is done around it; on a GPU compiling takes so long that few cases have it."""
+    if device != "cpu" and not on_gpu:
+        return Rival("torch.compile", missing="left out here: on a GPU compiling takes longer than a case")
+    return Rival("torch.compile", around(compiled(function)))

@@ -18,6 +18,7 @@ SUITES = {"cpu": (*_SHARED, "generate", "overhead"), "cuda": (*_SHARED, "overhea
 _EVERY_SUITE = tuple(dict.fromkeys(SUITES["cpu"] + SUITES["cuda"]))
 _DTYPES = ("bf16", "fp16", "fp32")
 _QUICK_REPEATS = 2
+_REPEATS = {"cpu": 7, "cuda": 20}
 _LOST = 75  # EX_TEMPFAIL: try again
 
 
@@ -56,7 +57,7 @@ class Choice:
             models=models,
             n=None if self.n is None else tuple(map(int, self.n)),
             dtypes=self.dtypes,
-            repeats=self.repeats or (_QUICK_REPEATS if self.quick else Settings.repeats),
+            repeats=self.repeats or (_QUICK_REPEATS if self.quick else _REPEATS[self.device]),
             without=frozenset(self.without or (("torch.compile",) if self.quick else ())),
             quick=self.quick,
             large=self.large,
@@ -89,7 +90,7 @@ _choice_options = option_group(
         "--without", metavar="LIST", callback=_split, help="Rivals to leave out, such as torch.compile,authors."
     ),
     click.option("--device", type=click.Choice(tuple(SUITES)), default="cpu", show_default=True),
-    click.option("--repeats", type=click.IntRange(1), help="Timed rounds; default 7, with --quick 2."),
+    click.option("--repeats", type=click.IntRange(1), help="Timed rounds; default 7, on a GPU 20, with --quick 2."),
     click.option("--threads", type=click.IntRange(1), help="Default torch's own."),
     click.option("--quick", is_flag=True, help="Small shapes without torch.compile: to see that everything runs."),
     click.option(

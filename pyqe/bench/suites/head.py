@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pyqe
 from pyqe import functional as F
-from pyqe.bench.case import Case, Outcome, Rival, Settings, Shape, Work, compiled, optional
+from pyqe.bench.case import Case, Outcome, Rival, Settings, Shape, Work, compiled_rival, optional
 from pyqe.bench.machine import read_memory
 
 _DECODING_N = 64  # up to here reading the weight is most of the work, so a plain read of it stands beside
@@ -169,20 +169,13 @@ def _matmul() -> Rival:
     return Rival("bare matmul", _bare_matmul, "logits only")
 
 
-def _compiled(shape: Shape, function: Callable[..., Outcome]) -> Rival:
-    """On a GPU compiling takes longer than measuring, so one shape has to do."""
-    if shape.device == "cpu" or shape.n > _DECODING_N:
-        return Rival("torch.compile", compiled(function))
-    return Rival("torch.compile", missing=f"left out up to N {_DECODING_N}: it takes half a minute to compile")
-
-
 def softmax_stats(shape: Shape) -> Case:
     trl = optional("trl", "trl.kernels.chunked_logprob", "ChunkedLogProbFunction", _chunked, "top-1 flag, no maximum")
     module, name = "torch.nn.functional", "linear_cross_entropy"
     rivals = [
         Rival("pyqe", fused_softmax),
         Rival("eager", eager_softmax),
-        _compiled(shape, eager_softmax),
+        compiled_rival(eager_softmax, shape.device, on_gpu=shape.n > _DECODING_N),
         trl,
         optional(name, module, name, _cross_entropy, "log-probability only"),
         *_gpu_rivals(shape),
@@ -197,7 +190,7 @@ def sigmoid_stats(shape: Shape) -> Case:
     rivals = [
         Rival("pyqe", fused_sigmoid),
         Rival("eager", eager_sigmoid),
-        _compiled(shape, eager_sigmoid),
+        compiled_rival(eager_sigmoid, shape.device, on_gpu=shape.n > _DECODING_N),
         _matmul(),
         *_reads(shape),
     ]
@@ -234,10 +227,11 @@ def both_heads(shape: Shape) -> Case:
         Rival("pyqe", both(fused_softmax, fused_sigmoid)),
         Rival("pyqe, one head", one, "softmax stats only", work=shape.head_work()),
         Rival("eager", eager),
-        _compiled(shape, eager),
+        compiled_rival(eager, shape.device, on_gpu=False),
         *_reads(shape, heads=2),
     ]
-    return _case(shape, "both heads", "softmax stats of one weight, sigmoid stats of another", rivals, heads=2)
+    description = "softmax stats of one weight, sigmoid stats of another"
+    return replace(_case(shape, "both heads", description, rivals, heads=2), by_backend=False)
 
 
 _RANK = 32
@@ -279,7 +273,7 @@ def low_rank_head(shape: Shape) -> Case:
         Rival("pyqe", _fused_low_rank),
         Rival("pyqe, one head", one, "softmax stats only"),
         Rival("eager", _eager_low_rank),
-        _compiled(shape, _eager_low_rank),
+        compiled_rival(_eager_low_rank, shape.device, on_gpu=False),
         Rival("bare matmul", matmul, "logits of the LM only"),
     ]
     return Case(

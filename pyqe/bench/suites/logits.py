@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pyqe
 from pyqe import functional as F
-from pyqe.bench.case import DTYPES, LOGIT_STD, Case, Outcome, Rival, Settings, Shape, Work, compiled, optional
+from pyqe.bench.case import DTYPES, LOGIT_STD, Case, Outcome, Rival, Settings, Shape, Work, compiled_rival, optional
 from pyqe.bench.machine import read_memory
 from pyqe.bench.suites.sampling import dominant_by_sort
 
@@ -75,7 +75,7 @@ def softmax_stats(shape: Shape) -> Case:
     rivals = [
         Rival("pyqe", fused),
         Rival("eager", eager),
-        Rival("torch.compile", compiled(eager)),
+        compiled_rival(eager, shape.device, on_gpu=False),
         optional("boostedprob", "boostedprob", "calculate_boostedprob", _package, "BoostedProb only"),
         Rival("memory read", _read, "of the logits"),
     ]
@@ -163,7 +163,7 @@ def row_stats(shape: Shape, kind: str) -> Case:
     rivals = [Rival("pyqe", ours), Rival("eager", torchs)]
     if kind == "entropy":
         trl = "trl.kernels.logprob_entropy", "selective_log_softmax_and_entropy"
-        rivals.append(Rival("torch.compile", compiled(torchs)))
+        rivals.append(compiled_rival(torchs, shape.device, on_gpu=shape.dtype == "bf16"))
         if shape.device != "cpu":  # where it has no kernel
             rivals.append(optional("trl", *trl, _selective))
     if kind != "padded rows":

@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyqe
 from pyqe import functional as F
-from pyqe.bench.case import Case, Outcome, Rival, Settings, Shape, Work, compiled, optional
+from pyqe.bench.case import Case, Outcome, Rival, Settings, Shape, Work, compiled_rival, optional
 from pyqe.bench.suites.sampling import published_selection, zipf_counts
 from pyqe.heads import FullHead, HeadConfig
 from pyqe.lm_head import LMHead
@@ -19,11 +19,12 @@ from pyqe.training import RowAdam
 
 _LEARNING_RATE = 1e-4
 _MOST_EXCLUDED = 8
+_FEW_ROWS = 512
 
 
 def cases(settings: Settings) -> list[Callable[[], Case]]:
     if settings.on_gpu:
-        largest, *few = settings.shapes(models=("Llama-3-8B",), n=(4096, 512))
+        largest, *few = settings.shapes(models=("Llama-3-8B",), n=(4096, _FEW_ROWS))
         steps = settings.shapes(models=("SmolLM2-135M",), n=(1024,))
         return [
             partial(vocabulary_bce, largest),
@@ -43,8 +44,8 @@ def cases(settings: Settings) -> list[Callable[[], Case]]:
 
 
 def _fused_step(shape: Shape, lm_weight: Tensor) -> Callable[..., Outcome]:
-    head = FullHead(HeadConfig("full", vocab_size=shape.v, hidden_size=shape.d, scale=0.3, shift=-5.0))
-    head.to(shape.device)
+    with torch.device(shape.device):  # half a billion numbers, which a CPU would take long to draw
+        head = FullHead(HeadConfig("full", vocab_size=shape.v, hidden_size=shape.d, scale=0.3, shift=-5.0))
     lm_head = LMHead(lm_weight)
     head.initialise(lm_head)
     sampler = pyqe.NegativeSampler(unigram_counts=zipf_counts(shape.v, shape.device))
@@ -109,6 +110,7 @@ def training_step(shape: Shape) -> Case:
         shape.head_work(),
         shape.logit_bytes,
         "negatives, loss, gradients and update of a full head",
+        by_backend=False,
     )
 
 
@@ -167,7 +169,12 @@ def vocabulary_bce(shape: Shape, frozen: bool = False) -> Case:
         [
             Rival("pyqe", with_gradients(fused, bce)),
             Rival("eager", with_gradients(eager_vocabulary_bce, bce)),
-            Rival("torch.compile", with_gradients(compiled(eager_vocabulary_bce), bce)),
+            compiled_rival(
+                eager_vocabulary_bce,
+                shape.device,
+                on_gpu=shape.n > _FEW_ROWS and not frozen,
+                around=partial(with_gradients, name=bce),
+            ),
             *_gpu_rivals(shape, frozen, with_gradients),
         ],
         Work(flops=(2 if frozen else 3) * once.flops, bytes=2 * once.bytes),  # the weight is read, its gradient written
