@@ -1,7 +1,7 @@
 """The whole verdict on a machine with a GPU: build, conformance, sanitizer, benchmarks; see docs/benchmarks.md.
 
-A step that has succeeded is not done again by the next run into the same folder, and the benchmarks go on with the
-cases that are missing, so a run that was cut off loses little.
+A step after the build that has succeeded is not done again by the next run into the same folder, and the benchmarks go
+on with the cases that are missing, so a run that was cut off loses little.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ class Step:
         name: also that of its log.
         run: does the work within the seconds it is given.
         limit: seconds at the most.
+        always: even if it has succeeded before: the folder may have come from another machine.
     """
 
     name: str
     run: Callable[[float], Outcome]
     limit: float
+    always: bool = False
 
 
 class Run:
@@ -81,10 +83,10 @@ class Run:
     # --- steps
 
     def steps(self) -> Iterator[Step]:
-        yield Step("build", self._build, 240)
+        yield Step("build", self._build, 240, always=True)
         if self.arguments.dry_run:
             yield Step("compile", self._compile, 1800)
-            yield Step("list", self._list, 120)
+            yield Step("list", self._list, 120, always=True)
             return
         yield Step("conformance", self._conformance, 180)
         yield Step("sanitize", self._sanitize, 75)
@@ -191,7 +193,7 @@ class Run:
         return int(any(steps[step.name]["status"] in ("failed", "timed out") for step in wanted))
 
     def _do(self, step: Step) -> None:
-        if self.read().get("steps", {}).get(step.name, {}).get("status") == "ok" and step.name != "list":
+        if self.read().get("steps", {}).get(step.name, {}).get("status") == "ok" and not step.always:
             print(f"{step.name}: done before", flush=True)
             return
         print(f"{step.name} ...", flush=True)
