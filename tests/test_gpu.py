@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from devices import device_of
+from devices import TensorsOn, device_of
 from torch import Tensor
 
 import pyqe
 from pyqe import functional as F
 from pyqe.backends import available_backends, select
+from pyqe.bench.suites.sampling import zipf_counts
 
 BACKENDS = [name for name in ("cpu", "cuda", "triton") if available_backends()[name].unavailable is None]
 ON_GPU = [name for name in BACKENDS if device_of(name) == "cuda"] or [
@@ -122,6 +123,13 @@ def close(got: Results, expected: Results, tolerance: float, *, ids: bool = True
             torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
         else:
             assert torch.equal(actual, wanted) or not ids
+
+
+def test_only_the_tensors_of_the_file_are_made_on_the_device() -> None:
+    with TensorsOn("meta", __file__):
+        assert torch.ones(2).is_meta
+        assert not torch.ones(2, device="cpu").is_meta
+        assert not zipf_counts(3).is_meta  # made by another file
 
 
 def test_samples_cover_every_operator() -> None:
