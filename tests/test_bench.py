@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,12 @@ from torch import Tensor
 import pyqe
 from pyqe import functional as F
 from pyqe.backends import available_backends
-from pyqe.bench import Case, Rival, Settings, Shape, measure, plots, suites
+from pyqe.bench import Case, Rival, Settings, Shape, gpu, measure, plots, run, suites
+from pyqe.bench import case as bench_case
+from pyqe.bench.bars import BARS, markdown
 from pyqe.bench.case import optional
-from pyqe.bench.suites import generate, head, logits, loss, sampling, temperature
+from pyqe.bench.run import failures, planned
+from pyqe.bench.suites import generate, head, logits, loss, overhead, sampling, temperature
 from pyqe.cli import bench, main
 
 EXACT = 5e-5  # relative to the largest value, in float32
@@ -60,9 +66,10 @@ def test_quick_runs_every_suite(quick: tuple[Result, dict[str, Any]]) -> None:
     result, report = quick
     assert report["complete"]
     assert [case["suite"] for case in report["cases"]] == sorted(
-        (case["suite"] for case in report["cases"]), key=bench.SUITES.index
+        (case["suite"] for case in report["cases"]), key=bench.SUITES["cpu"].index
     )
-    assert {case["suite"] for case in report["cases"]} == set(bench.SUITES) == set(suites.SUITES)
+    assert {case["suite"] for case in report["cases"]} == set(bench.SUITES["cpu"])
+    assert set(bench.SUITES["cpu"]) | set(bench.SUITES["cuda"]) == set(suites.SUITES)
     for case in report["cases"]:
         assert f"{case['suite']}, {case['name']}" in result.stdout
 
@@ -74,7 +81,10 @@ def test_report_describes_the_machine(quick: tuple[Result, dict[str, Any]]) -> N
     assert machine["packages"]["torch"] == torch.__version__
     assert machine["cpu"]["torch_threads"] == 1
     assert machine["amx_bf16"] == ("amx_bf16" in machine["cpu"].get("features", ()))
-    assert set(machine["rivals"]) == {"boostedprob", "netcal", "scikit-learn", "trl"}
+    assert set(machine["rivals"]) == {
+        *("boostedprob", "cut-cross-entropy", "liger-kernel"),
+        *("netcal", "scikit-learn", "trl"),
+    }
     assert ceilings["read_gb_s"] > 0
     assert set(ceilings["matmul_gflop_s"]) == {"bf16", "fp32"}
 
@@ -138,13 +148,46 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch
     def interrupted() -> Case:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(suites.SUITES, "head", lambda settings: [lambda: head.token_logits(SHAPE), interrupted])
+    monkeypatch.setitem(
+        suites.SUITES, "head", lambda settings: [partial(head.token_logits, SHAPE), partial(interrupted)]
+    )
     result = call("head", "--quick", "--json", tmp_path / "report.json")
     assert result.exit_code == 130
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["complete"]
     assert [case["name"] for case in report["cases"]] == ["token logits"]
     assert "head, token logits" in result.stdout
+
+
+def test_resumes_with_the_cases_that_are_missing(tmp_path: Path) -> None:
+    file, options = tmp_path / "report.json", ("--quick", "--repeats", 1, "--models", "300x16", "--n", 2)
+    assert call("logits", "sampling", *options, "--json", file, "--budget", 0).exit_code == 0
+    nothing = json.loads(file.read_text())
+    assert not nothing["complete"]
+    assert nothing["cases"] == []
+    assert call("logits", *options, "--json", file).exit_code == 0
+    first = json.loads(file.read_text())
+    file.write_text(json.dumps({**first, "kept": 1}))
+    assert call("logits", "sampling", *options, "--json", file, "--resume").exit_code == 0
+    both = json.loads(file.read_text())
+    assert both["complete"]
+    assert both["kept"] == 1
+    assert [found["suite"] for found in both["cases"]] == ["logits", "sampling"]
+    assert both["cases"][0] == first["cases"][0]
+    assert call("logits", "--resume").exit_code == 2
+
+
+def test_exit_code_tells_that_pyqe_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> Case:
+        def fails() -> dict[str, Any]:
+            raise RuntimeError("no such kernel")
+
+        return Case("head", "test", {}, tuple, [Rival("pyqe", fails), Rival("other", dict)])
+
+    monkeypatch.setitem(suites.SUITES, "head", lambda settings: [partial(build)])
+    result = call("head", "--quick")
+    assert result.exit_code == 1
+    assert "pyqe: head, test, pyqe: failed: RuntimeError: no such kernel" in result.stderr
 
 
 # --- missing rivals
@@ -169,7 +212,7 @@ def test_missing_rivals_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert f"  {name}: missing: " in result.stdout
 
 
-def test_a_rival_that_fails_is_named_and_pyqe_may_not() -> None:
+def test_who_fails_is_named() -> None:
     def fails() -> dict[str, Any]:
         raise RuntimeError("no such\nkernel")
 
@@ -183,9 +226,10 @@ def test_a_rival_that_fails_is_named_and_pyqe_may_not() -> None:
     assert found["other"].missing == "failed: RuntimeError: no such kernel"
     assert not found["other"].seconds
     found = measured(case(Rival("pyqe", works), Rival("other", lambda: {"value": torch.tensor([1.0, torch.nan])})))
-    assert found["other"].missing == "failed: its results are not finite"
-    with pytest.raises(RuntimeError, match="no such"):
-        measured(case(Rival("pyqe", fails), Rival("other", works)))
+    assert found["other"].missing == "failed: ValueError: its results are not finite"
+    found = measured(case(Rival("pyqe", fails), Rival("other", works)))
+    assert found["pyqe"].missing == "failed: RuntimeError: no such kernel"
+    assert len(found["other"].seconds) == 1
 
 
 def test_a_language_model_that_is_not_there_is_named() -> None:
@@ -199,6 +243,174 @@ def test_a_language_model_that_is_not_there_is_named() -> None:
 def test_optional_says_what_is_missing() -> None:
     rival = optional("other", "torch", "no_such_name", lambda function: function)
     assert "no_such_name" in rival.missing
+
+
+# --- backends and devices
+
+
+def test_a_backend_that_is_wrong_has_failed() -> None:
+    def works(*_: Any) -> dict[str, Any]:
+        return {"value": torch.ones(2), "ids": torch.tensor([5])}
+
+    def wrong(*_: Any) -> dict[str, Any]:
+        return {"value": torch.tensor([1.0, 1.1]), "ids": torch.tensor([5])}
+
+    def draws(*_: Any) -> dict[str, Any]:
+        return {"value": torch.ones(2), "ids": torch.tensor([7])}
+
+    rivals = [Rival("pyqe", works), Rival("pyqe, a", wrong, backend="cpu"), Rival("pyqe, b", draws, backend="cpu")]
+    found = measured(Case("head", "test", {}, tuple, [*rivals, Rival("other", wrong)]))
+    assert found["pyqe, a"].missing.startswith("failed: differs from pyqe's own choice by 1.0e-01")
+    assert not found["pyqe, b"].missing
+    assert not found["other"].missing
+
+
+def test_a_backend_that_does_not_offer_it_is_missing_and_has_not_failed() -> None:
+    def run() -> dict[str, Any]:
+        return {"value": F.inverse_softmax(torch.ones(1, 2))}
+
+    found = measured(Case("head", "test", {}, tuple, [Rival("pyqe", run), Rival("pyqe, cuda", run, backend="cuda")]))
+    assert found["pyqe, cuda"].missing.startswith("backend 'cuda' cannot run inverse_softmax")
+
+
+def test_a_rival_that_takes_long_is_in_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.Processor, "limit", 0.0)
+    found = measure.measure(
+        Case("head", "test", {}, tuple, [Rival("pyqe", dict)]), Settings(repeats=5), measure.Processor(), lambda _: None
+    )
+    assert len(found[0].seconds) == 3
+
+
+def test_overhead_is_the_time_of_the_host() -> None:
+    found = measured(overhead.call("softmax stats", "cpu"))
+    assert 0 < found["torch linear"].seconds[0] < 1e-2  # of one call, though many are made
+
+
+class Generator:
+    """torch's has none for a device without data."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        pass
+
+    def manual_seed(self, seed: int) -> None:
+        pass
+
+
+@contextmanager
+def suppress_looks_at_data() -> Iterator[None]:
+    """Pass over what is refused because it looks at data that are not there, and over nothing else."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if not re.search(r"[Mm]eta tensor|Meta|unimplemented", str(error)):
+            raise
+
+
+def gpu_cases(settings: Settings) -> dict[str, Callable[[], Case]]:
+    return planned(bench.SUITES["cuda"], settings)
+
+
+def test_gpu_cases_stay_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At their real shapes, on torch's device without data: it refuses tensors of another one as a GPU does."""
+    monkeypatch.setattr(Settings, "on_gpu", True)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    bench_case._weight.cache_clear()
+    need_kernels = {"torch.compile", "trl", "Liger", "Liger, scaled", "CCE"}
+    ran = 0
+    for key, build in gpu_cases(Settings(device="meta")).items():
+        if "replay" in key:
+            continue
+        with suppress_looks_at_data():
+            built = build()
+            for rival in built.rivals:
+                if rival.run is None or rival.name in need_kernels:
+                    continue
+                with suppress_looks_at_data():
+                    outcome = rival.run(*built.inputs())
+                    results = [value for value in outcome.values() if isinstance(value, Tensor)]
+                    assert all(result.is_meta for result in results), (key, rival.name)
+                    ran += 1
+    bench_case._weight.cache_clear()
+    assert ran > 80
+
+
+class Stub(measure.Processor):
+    """A GPU as far as the report goes."""
+
+    def ceilings(self, dtypes: Any) -> dict[str, Any]:
+        return {"copy_gb_s": 3000.0, "matmul_gflop_s": dict.fromkeys(dtypes, 7e5)}
+
+
+STUB = {
+    "name": "Stub GPU",
+    "capability": "9.0",
+    "multiprocessors": 132,
+    "memory_gib": 80.0,
+    "l2_mib": 50.0,
+    "cuda": "13.0",
+    "state": {"clocks.sm": "1980 MHz"},
+}
+
+
+def gpu_run(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    """A report of the GPU's suites at small shapes, on the CPU."""
+    monkeypatch.setattr(Settings, "on_gpu", True)
+    monkeypatch.setattr(gpu, "Gpu", Stub)
+    monkeypatch.setattr(gpu, "describe", lambda: STUB)
+    settings = Settings(quick=True, repeats=1, models=("300x16",), without=frozenset({"torch.compile"}))
+    silent = dict.fromkeys(("on_start", "on_case", "on_progress"), lambda *_: None)
+    return run(names, settings, **silent, **options)
+
+
+def test_gpu_suites_run_on_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = tuple(name for name in bench.SUITES["cuda"] if name != "overhead")  # whose graphs need a GPU
+    report = gpu_run(monkeypatch, names)
+    assert failures(report) == []
+    assert {found["suite"] for found in report["cases"]} == set(names)
+    for found in report["cases"]:
+        rows = {row["rival"]: row for row in found["rivals"]}
+        if found["name"] in ("both heads", "training step"):  # of more than one operation
+            continue
+        assert {"pyqe", "pyqe, cuda", "pyqe, triton", "pyqe, reference"} <= set(rows), found["key"]
+        assert rows["pyqe, reference"]["backend"] == "reference"
+        assert set(rows["pyqe, reference"]["backends"].values()) == {"reference"}
+    page = markdown({**report, "device": "cuda"})
+    assert "Stub GPU (9.0), 132 multiprocessors" in page
+    assert "clocks.sm 1980 MHz" in page
+    assert page.count("not measured: no such case") == len(BARS)  # at shapes of their own
+
+
+def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: Any) -> None:
+        raise measure.DeviceLostError("gone")
+
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def build(number: int) -> Case:
+        return Case("head", f"case {number}", {}, tuple, [Rival("pyqe", fails if number == 1 else dict)])
+
+    monkeypatch.setattr(Stub, "check", lost)
+    monkeypatch.setitem(suites.SUITES, "head", lambda settings: [partial(build, number) for number in range(3)])
+    first = gpu_run(monkeypatch, ("head",))
+    assert first["lost"]
+    assert [found["key"] for found in first["cases"]] == ["head: build, 0", "head: build, 1"]
+    assert failures(first) == ["head, head: build, 1, pyqe: failed: gone"]
+    assert "failed: gone" in markdown({**first, "device": "cuda"})
+    second = gpu_run(monkeypatch, ("head",), earlier=first)
+    assert second["complete"]
+    assert len(second["cases"]) == 3
+
+
+def test_a_gpu_is_asked_for_where_there_is_none() -> None:
+    listed = call("--device", "cuda", "--list")
+    assert listed.exit_code == 0
+    assert listed.stdout.splitlines() == list(gpu_cases(Settings(device="cuda")))
+    assert call("generate", "--device", "cuda", "--list").exit_code == 2
+    if not torch.cuda.is_available():
+        result = call("--device", "cuda")
+        assert result.exit_code == 2
+        assert "finds no GPU" in result.stderr
 
 
 # --- memory
@@ -228,8 +440,18 @@ CASES: dict[str, tuple[Callable[[], Case], float, set[str]]] = {
     ),
     "sigmoid stats": (lambda: head.sigmoid_stats(SHAPE), EXACT, {"eager", "torch.compile"}),
     "both heads": (lambda: head.both_heads(SHAPE), EXACT, {"pyqe, one head", "eager", "torch.compile"}),
+    "low-rank head": (lambda: head.low_rank_head(SHAPE), EXACT, {"pyqe, one head", "eager", "torch.compile"}),
+    "candidates": (lambda: head.candidates(SHAPE), EXACT, {"eager"}),
     "token logits": (lambda: head.token_logits(SHAPE), EXACT, {"eager", "eager, gathered rows"}),
+    "several token logits": (lambda: head.token_logits(SHAPE, 3), EXACT, {"eager", "eager, gathered rows"}),
+    "token gradients": (lambda: head.token_gradients(SHAPE, 3), EXACT, {"eager"}),
     "vocabulary BCE": (lambda: loss.vocabulary_bce(SHAPE), EXACT, {"eager", "torch.compile"}),
+    "vocabulary BCE, frozen": (lambda: loss.vocabulary_bce(SHAPE, frozen=True), EXACT, {"eager", "torch.compile"}),
+    **{
+        f"rows, {kind}": (partial(logits.row_stats, SHAPE, kind), EXACT, {"eager", *(["torch.compile"] * compiled)})
+        for kind, compiled in zip(logits.ROW_STATS, (0, 1, 0, 0, 0, 0), strict=True)
+    },
+    "one pass": (lambda: temperature.one_pass(500, 5, "cpu"), EXACT, {"eager"}),
     "logits": (lambda: logits.softmax_stats(SHAPE), EXACT, {"eager", "torch.compile", "boostedprob"}),
     "temperature": (lambda: temperature.fit(500, 5), 2e-3, {"torch L-BFGS", "netcal", "scikit-learn"}),
     "generate": (

@@ -18,6 +18,10 @@ from pyqe.backends import cpu, cuda, preferences, reference, triton
 ENVIRONMENT_VARIABLE = "PYQE_BACKEND"
 
 
+class UnservedError(RuntimeError):
+    """The backend that was asked for cannot run an operation."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """A set of operations and where they run.
@@ -133,7 +137,7 @@ def select(operation: str, *args: Any) -> Callable[..., Any]:
     """Implementation of an operation for these arguments.
 
     Raises:
-        RuntimeError: the backend that was asked for cannot run it; the message says why.
+        UnservedError: the backend that was asked for cannot run it; the message says why.
     """
     name = _chosen.get() or _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
     if name == "auto":
@@ -142,7 +146,7 @@ def select(operation: str, *args: Any) -> Callable[..., Any]:
         backend = _BACKENDS[name]
         obstacle = backend.obstacle(operation, args)
         if obstacle is not None:
-            raise RuntimeError(f"backend {name!r} cannot run {operation}: {obstacle}")
+            raise UnservedError(f"backend {name!r} cannot run {operation}: {obstacle}")
     served = _served.get()
     if served is not None:
         served[operation] = backend.name

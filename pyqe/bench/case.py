@@ -50,9 +50,9 @@ def model_shape(name: str) -> tuple[str, int, int]:
 
 
 @lru_cache(maxsize=2)  # the two heads of a case, kept for the model's next case
-def _weight(v: int, d: int, dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(_WEIGHT_SEED + seed)  # not that of the hidden states
-    return torch.randn(v, d, generator=generator).div_(math.sqrt(d)).to(dtype)
+def _weight(v: int, d: int, dtype: torch.dtype, seed: int, device: str) -> Tensor:
+    generator = torch.Generator(device).manual_seed(_WEIGHT_SEED + seed)  # not that of the hidden states
+    return torch.randn(v, d, generator=generator, device=device).div_(math.sqrt(d)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Shape:
-    """N hidden states of a model's head in a dtype, and random inputs of that shape."""
+    """N hidden states of a model's head in a dtype, and random inputs of that shape on a device."""
 
     model: str
     n: int
     dtype: str
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.dtype} N {self.n}"
 
     @property
     def v(self) -> int:
@@ -100,15 +104,15 @@ class Shape:
 
     def weight(self, seed: int = 0) -> Tensor:
         """[V, D], the same for the same seed."""
-        return _weight(self.v, self.d, DTYPES[self.dtype], seed)
+        return _weight(self.v, self.d, DTYPES[self.dtype], seed, self.device)
 
     def hidden(self) -> Tensor:
         """[N, D], new ones each time."""
-        return torch.randn(self.n, self.d).mul_(LOGIT_STD).to(DTYPES[self.dtype])
+        return torch.randn(self.n, self.d, device=self.device).mul_(LOGIT_STD).to(DTYPES[self.dtype])
 
     def ids(self) -> Tensor:
         """int64 [N], new ones each time."""
-        return torch.randint(self.v, (self.n,))
+        return torch.randint(self.v, (self.n,), device=self.device)
 
     def facts(self) -> dict[str, Any]:
         return {"model": self.model, "n": self.n, "d": self.d, "v": self.v, "dtype": self.dtype}
@@ -124,6 +128,7 @@ class Settings:
         without: names of rivals to leave out.
         quick: small shapes, to see that everything runs.
         large: also the cases that need much memory.
+        device: "cpu" or "cuda".
     """
 
     models: tuple[str, ...] | None = None
@@ -133,13 +138,18 @@ class Settings:
     without: frozenset[str] = frozenset()
     quick: bool = False
     large: bool = False
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
 
     def shapes(self, models: Sequence[str], n: Sequence[int], dtypes: Sequence[str] = ("bf16",)) -> list[Shape]:
         """Shapes of a suite that takes these by itself."""
         if self.quick:
             models, n = ("2000x96", "5000x96"), sorted({min(number, _QUICK_N) for number in (n[0], n[-1])})
         return [
-            Shape(model_shape(model)[0], number, dtype)
+            Shape(model_shape(model)[0], number, dtype, self.device)
             for model in self.models or models
             for dtype in self.dtypes or dtypes
             for number in self.n or n
@@ -156,6 +166,7 @@ class Rival:
         note: where it does less or more than pyqe does.
         missing: why it cannot run; it is shown with the reason.
         work: where it differs from the case's.
+        backend: of pyqe, where it is not to choose by itself.
     """
 
     name: str
@@ -163,6 +174,11 @@ class Rival:
     note: str = ""
     missing: str = ""
     work: Work | None = None
+    backend: str = ""
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("pyqe")
 
 
 @dataclass(frozen=True)
@@ -177,6 +193,9 @@ class Case:
         work: what every rival has to do, if it says nothing else.
         logit_bytes: of the logits that the work can do without, to compare the memory with.
         description: what the work is.
+        decides: entry of the table of preferred backends that the backends' times decide, or "".
+        host: time the host while it hands out the work, not the work.
+        by_backend: on a GPU, run pyqe on each of its backends too.
     """
 
     suite: str
@@ -187,6 +206,9 @@ class Case:
     work: Work = Work()
     logit_bytes: float = 0.0
     description: str = ""
+    decides: str = ""
+    host: bool = False
+    by_backend: bool = True
 
 
 def optional(rival: str, module: str, names: str, make: Callable[..., Callable[..., Outcome]], note: str = "") -> Rival:
@@ -210,3 +232,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` of a function, with shapes of earlier cases forgotten: after eight it would give up."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
+
+
+def compiled_rival(
+    function: Callable[..., Any],
+    device: str,
+    *,
+    on_gpu: bool,
+    around: Callable[[Callable[..., Any]], Callable[..., Outcome]] = lambda function: function,
+) -> Rival:
+    """Eager torch, compiled, with what is done around it; on a GPU compiling takes so long that few cases have it."""
+    if device != "cpu" and not on_gpu:
+        return Rival("torch.compile", missing="left out here: on a GPU compiling takes longer than a case")
+    return Rival("torch.compile", around(compiled(function)))

@@ -19,7 +19,7 @@ from pyqe.cli.doctor import examine
 
 _READ_BYTES, _READS = 2**30, 9
 _MATMUL_SIZES, _PRODUCTS, _SLOW_SECONDS = (1024, 2048, 4096), 5, 1.0
-_RIVAL_PACKAGES = ("boostedprob", "netcal", "scikit-learn", "trl")
+_RIVAL_PACKAGES = ("boostedprob", "cut-cross-entropy", "liger-kernel", "netcal", "scikit-learn", "trl")
 
 
 def describe() -> dict[str, Any]:

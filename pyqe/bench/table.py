@@ -10,10 +10,12 @@ _HEADINGS = (
     "median",
     "quartiles",
     "x pyqe",
+    "x matmul",
     "GFLOP/s",
     "of matmul",
     "GB/s",
     "of read",
+    "of copy",
     "memory",
     "of logits",
     "differs",
@@ -27,13 +29,31 @@ def machine_lines(report: dict[str, Any]) -> list[str]:
     machine, limits = report["machine"], report["ceilings"]
     cpu = machine["cpu"]
     rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in limits["matmul_gflop_s"].items())
+    bandwidth = (
+        f"copy {limits['copy_gb_s']:.0f} GB/s (read and written)"
+        if "copy_gb_s" in limits
+        else f"memory read {limits['read_gb_s']:.1f} GB/s"
+    )
     return [
+        *_gpu_lines(machine),
         f"{machine['processor']}, {cpu['torch_threads']} threads of {cpu['count']}, "
         f"load {machine['load_average']:.1f} before; AMX {'present' if machine['amx_bf16'] else 'not present'}",
         f"instructions: {cpu.get('instruction_set', 'none')} in use; {', '.join(cpu.get('features', ()))}",
         f"pyqe {machine['pyqe']}, torch {machine['packages']['torch']}, Python {machine['python']}, "
         f"{machine['platform']}",
-        f"ceilings now: memory read {limits['read_gb_s']:.1f} GB/s; matmul {rates}",
+        f"ceilings now: {bandwidth}; matmul {rates}",
+    ]
+
+
+def _gpu_lines(machine: dict[str, Any]) -> list[str]:
+    if "gpu" not in machine:
+        return []
+    gpu = machine["gpu"]
+    state = ", ".join(f"{name} {value}" for name, value in gpu["state"].items())
+    return [
+        f"{gpu['name']} ({gpu['capability']}), {gpu['multiprocessors']} multiprocessors, {gpu['memory_gib']} GiB, "
+        f"L2 {gpu['l2_mib']} MiB; CUDA {gpu['cuda']}, Triton {machine['packages']['triton'] or 'none'}",
+        *([state] if state else []),
     ]
 
 
@@ -63,10 +83,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         middle,
         f"{low} to {high}",
         _number(row["times_pyqe"], "{:.3g}"),
+        _number(row["times_matmul"], "{:.3g}"),
         _number(row["gflop_s"], "{:.4g}"),
         _number(row["of_matmul"], "{:.0%}"),
         _number(row["gb_s"], "{:.3g}"),
-        _number(row["of_read"], "{:.0%}"),
+        _number(row.get("of_read"), "{:.0%}"),
+        _number(row.get("of_copy"), "{:.0%}"),
         _number(row["extra_bytes"], "{:,.1f} MB", 1e-6),
         _number(row["of_logits"], "{:.1%}"),
         _number(row["difference"], "{:.0e}"),

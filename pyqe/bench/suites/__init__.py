@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pyqe.bench.case import Case, Settings
-from pyqe.bench.suites import generate, head, logits, loss, sampling, temperature
+from pyqe.bench.suites import generate, head, logits, loss, overhead, sampling, temperature
 
 SUITES: dict[str, Callable[[Settings], list[Callable[[], Case]]]] = {
     "head": head.cases,
@@ -14,4 +14,6 @@ SUITES: dict[str, Callable[[Settings], list[Callable[[], Case]]]] = {
     "logits": logits.cases,
     "temperature": temperature.cases,
     "generate": generate.cases,
+    "overhead": overhead.cases,
+    "crossover": head.crossover,
 }

@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyqe
 from pyqe import functional as F
-from pyqe.bench.case import Case, Outcome, Rival, Settings, Shape, Work, compiled
+from pyqe.bench.case import Case, Outcome, Rival, Settings, Shape, Work, compiled_rival, optional
 from pyqe.bench.suites.sampling import published_selection, zipf_counts
 from pyqe.heads import FullHead, HeadConfig
 from pyqe.lm_head import LMHead
@@ -19,9 +19,19 @@ from pyqe.training import RowAdam
 
 _LEARNING_RATE = 1e-4
 _MOST_EXCLUDED = 8
+_FEW_ROWS = 512
 
 
 def cases(settings: Settings) -> list[Callable[[], Case]]:
+    if settings.on_gpu:
+        largest, *few = settings.shapes(models=("Llama-3-8B",), n=(4096, _FEW_ROWS))
+        steps = settings.shapes(models=("SmolLM2-135M",), n=(1024,))
+        return [
+            partial(vocabulary_bce, largest),
+            partial(vocabulary_bce, largest, frozen=True),
+            *(partial(training_step, shape) for shape in (largest, *steps)),
+            *(partial(vocabulary_bce, shape) for shape in few),
+        ]
     steps = settings.shapes(models=("SmolLM2-135M",), n=(1024,))
     losses = settings.shapes(models=("Llama-3.2-1B",), n=(512,))
     return [
@@ -34,10 +44,12 @@ def cases(settings: Settings) -> list[Callable[[], Case]]:
 
 
 def _fused_step(shape: Shape, lm_weight: Tensor) -> Callable[..., Outcome]:
-    head = FullHead(HeadConfig("full", vocab_size=shape.v, hidden_size=shape.d, scale=0.3, shift=-5.0))
+    with torch.device(shape.device):  # half a billion numbers, which a CPU would take long to draw
+        head = FullHead(HeadConfig("full", vocab_size=shape.v, hidden_size=shape.d, scale=0.3, shift=-5.0))
     lm_head = LMHead(lm_weight)
     head.initialise(lm_head)
-    loss = pyqe.SigmoidHeadLoss(pyqe.NegativeSampler(unigram_counts=zipf_counts(shape.v)), sparse_grad=True)
+    sampler = pyqe.NegativeSampler(unigram_counts=zipf_counts(shape.v, shape.device))
+    loss = pyqe.SigmoidHeadLoss(sampler, sparse_grad=True)
     optimizer = RowAdam(head.parameters(), lr=_LEARNING_RATE)
 
     def run(hidden: Tensor, targets: Tensor) -> Outcome:
@@ -59,18 +71,19 @@ def published_loss(hidden: Tensor, weight: Tensor, targets: Tensor, negatives: T
         targets: [N].
         negatives: [N, K].
     """
-    rows = torch.arange(len(targets))[:, None].expand_as(negatives)
+    places = torch.arange(len(targets), device=targets.device)
+    rows = places[:, None].expand_as(negatives)
     wrong = negatives != targets[:, None]
     drawn = torch.unique(torch.stack([rows[wrong], negatives[wrong]]), dim=1)
-    rows, tokens = torch.cat([torch.stack([torch.arange(len(targets)), targets]), drawn], 1)
-    labels = (torch.arange(len(tokens)) < len(targets)).float()
+    rows, tokens = torch.cat([torch.stack([places, targets]), drawn], 1)
+    labels = (torch.arange(len(tokens), device=tokens.device) < len(targets)).float()
     embedded = torch.nn.functional.embedding(tokens, weight, sparse=True)
     return binary_cross_entropy_with_logits((hidden[rows].float() * embedded).sum(-1), labels)
 
 
 def _published_step(shape: Shape, lm_weight: Tensor) -> Callable[..., Outcome]:
     weight = lm_weight.float().clone().requires_grad_()
-    unigram = zipf_counts(shape.v)
+    unigram = zipf_counts(shape.v, shape.device)
     optimizer = torch.optim.SparseAdam([weight], lr=_LEARNING_RATE)
 
     def run(hidden: Tensor, targets: Tensor) -> Outcome:
@@ -97,6 +110,7 @@ def training_step(shape: Shape) -> Case:
         shape.head_work(),
         shape.logit_bytes,
         "negatives, loss, gradients and update of a full head",
+        by_backend=False,
     )
 
 
@@ -111,12 +125,31 @@ def eager_vocabulary_bce(hidden: Tensor, weight: Tensor, targets: Tensor, exclud
     return binary_cross_entropy_with_logits(logits, labels, weight=kept, reduction="sum") / kept.sum()
 
 
-def vocabulary_bce(shape: Shape) -> Case:
-    def with_gradients(loss: Callable[..., Tensor]) -> Callable[..., Outcome]:
+def _gpu_rivals(
+    shape: Shape, frozen: bool, with_gradients: Callable[[Callable[..., Tensor], str], Callable[..., Outcome]]
+) -> list[Rival]:
+    """Fused softmax cross-entropies, whose kernels need a GPU."""
+    if shape.device == "cpu":
+        return []
+    note = "softmax cross-entropy"
+
+    def make(cross_entropy: Callable[..., Tensor]) -> Callable[..., Outcome]:
+        return with_gradients(lambda hidden, weight, targets, exclude: cross_entropy(hidden, weight, targets), note)
+
+    liger = optional("Liger", "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", make, note)
+    if frozen:
+        liger = Rival("Liger", missing="it computes both gradients or none")
+    return [liger, optional("CCE", "cut_cross_entropy", "linear_cross_entropy", make, note)]
+
+
+def vocabulary_bce(shape: Shape, frozen: bool = False) -> Case:
+    """With both gradients, or with that of the weight alone, as for a head on a frozen LM."""
+
+    def with_gradients(loss: Callable[..., Tensor], name: str) -> Callable[..., Outcome]:
         def run(hidden: Tensor, weight: Tensor, targets: Tensor, exclude: Tensor) -> Outcome:
             value = loss(hidden, weight, targets, exclude)
-            grads = torch.autograd.grad(value, (hidden, weight))
-            return {"mean_loss": value.detach(), "grad_hidden": grads[0], "grad_weight": grads[1]}
+            grads = torch.autograd.grad(value, (weight,) if frozen else (weight, hidden))
+            return {name: value.detach(), **{f"{name}, gradient {i}": grad for i, grad in enumerate(grads)}}
 
         return run
 
@@ -124,21 +157,29 @@ def vocabulary_bce(shape: Shape) -> Case:
         return F.linear_vocab_bce(hidden, weight, targets, exclude=exclude)
 
     def inputs() -> tuple[Tensor, ...]:
-        excluded = torch.randint(shape.v, (shape.n, _MOST_EXCLUDED))
-        return shape.hidden().requires_grad_(), weight, shape.ids(), excluded
+        excluded = torch.randint(shape.v, (shape.n, _MOST_EXCLUDED), device=shape.device)
+        return shape.hidden().requires_grad_(not frozen), weight, shape.ids(), excluded
 
-    weight, once = shape.weight().detach().requires_grad_(), shape.head_work()
+    weight, once, bce = shape.weight().detach().requires_grad_(), shape.head_work(), "mean loss"
     return Case(
         "loss",
-        "vocabulary BCE",
+        "vocabulary BCE, frozen LM" if frozen else "vocabulary BCE",
         shape.facts(),
         inputs,
         [
-            Rival("pyqe", with_gradients(fused)),
-            Rival("eager", with_gradients(eager_vocabulary_bce)),
-            Rival("torch.compile", with_gradients(compiled(eager_vocabulary_bce))),
+            Rival("pyqe", with_gradients(fused, bce)),
+            Rival("eager", with_gradients(eager_vocabulary_bce, bce)),
+            compiled_rival(
+                eager_vocabulary_bce,
+                shape.device,
+                on_gpu=shape.n > _FEW_ROWS and not frozen,
+                around=partial(with_gradients, name=bce),
+            ),
+            *_gpu_rivals(shape, frozen, with_gradients),
         ],
-        Work(flops=3 * once.flops, bytes=2 * once.bytes),  # the weight is read, its gradient written
+        Work(flops=(2 if frozen else 3) * once.flops, bytes=2 * once.bytes),  # the weight is read, its gradient written
         shape.logit_bytes,
-        f"forward and both gradients, up to {_MOST_EXCLUDED} dominant tokens a row left out",
+        f"forward and {'the weight gradient' if frozen else 'both gradients'}, "
+        f"up to {_MOST_EXCLUDED} dominant tokens a row left out",
+        "linear_vocab_bce",
     )

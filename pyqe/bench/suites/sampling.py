@@ -17,12 +17,15 @@ _TOP, _RATIO, _EPSILON, _PER_SOURCE, _TEMPERATURE = 200, 0.3, 0.005, 5, 2.0
 
 
 def cases(settings: Settings) -> list[Callable[[], Case]]:
-    return [partial(negatives, shape) for shape in settings.shapes(models=("SmolLM2-135M",), n=(1024,))]
+    shapes = settings.shapes(models=("SmolLM2-135M",), n=(1024,))
+    if settings.on_gpu and not settings.quick:
+        shapes = [*settings.shapes(models=("Llama-3-8B",), n=(4096,)), *shapes]
+    return [partial(negatives, shape) for shape in dict.fromkeys(shapes)]
 
 
-def zipf_counts(vocab_size: int) -> Tensor:
+def zipf_counts(vocab_size: int, device: str = "cpu") -> Tensor:
     """[V], how often tokens occur in text, roughly: the frequency of a token falls with its rank."""
-    return 1.0 / torch.arange(1, vocab_size + 1, dtype=torch.float32)
+    return 1.0 / torch.arange(1, vocab_size + 1, dtype=torch.float32, device=device)
 
 
 def dominant_by_sort(probs: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
@@ -33,7 +36,7 @@ def dominant_by_sort(probs: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
     top, ids = torch.topk(probs, min(_TOP, probs.shape[1]), sorted=True)
     drops = top[:, :-1] - top[:, 1:]
     large = drops > torch.clamp(_RATIO * top[:, :-1], min=_EPSILON)
-    ranks = torch.arange(1, ids.shape[1] + 1)
+    ranks = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     sizes = torch.where(large, ranks[:-1], 0)  # of the dominant set, were the cut here
     size = sizes.amax(1) if cut == "last" else sizes.masked_fill(~large, _TOP).amin(1) * large.any(1)
     return ids, ranks <= size[:, None]
@@ -55,7 +58,7 @@ def published_selection(hidden: Tensor, weight: Tensor, unigram: Tensor) -> Tens
 
 
 def negatives(shape: Shape) -> Case:
-    weight, unigram = shape.weight(), zipf_counts(shape.v)
+    weight, unigram = shape.weight(), zipf_counts(shape.v, shape.device)
     sampler = pyqe.NegativeSampler(unigram_counts=unigram)
 
     def fused(hidden: Tensor, ids: Tensor) -> Outcome:
@@ -73,4 +76,5 @@ def negatives(shape: Shape) -> Case:
         shape.head_work(),
         shape.logit_bytes,
         "5 by unigram and 5 by softmax(z / 2), dominant tokens excluded",
+        "linear_sample_negatives",
     )
