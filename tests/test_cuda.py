@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_conformance(emulator: Path, order: str) -> None:
     """A kernel that lacks a barrier gives other results when its threads run in reverse."""
     environment = {**os.environ, "PYQE_CUDA_EMULATOR": str(emulator), "PYQE_EMULATOR_ORDER": order}
-    suite = [sys.executable, "-m", "pytest", "tests/test_conformance.py", "-k", "cuda", "-x", "--no-header"]
+    tests = ["tests/test_conformance.py", "tests/test_negatives.py"]
+    suite = [sys.executable, "-m", "pytest", *tests, "-k", "cuda", "-x", "--no-header"]
     result = subprocess.run(suite, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:]

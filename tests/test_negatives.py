@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pyqe
 from pyqe import functional as F
-from pyqe.backends import available_backends, cuda_sampling, select
+from pyqe.backends import available_backends, cuda_sampling, reference, select
 from pyqe.backends.philox import philox, uniform
 from pyqe.dominant import DominantRule
 from pyqe.negatives import NegativeSampler
@@ -328,6 +328,21 @@ def test_kernels_draw_by_the_weights(kernels: str) -> None:
     assert_distribution(ids, without_replacement(weights, 2))
 
 
+def test_kernels_draw_from_a_head(kernels: str) -> None:
+    """More rows than one chunk of products, terms of the head, a source that draws nothing."""
+    hidden, weight, bias = torch.randn(70, 16), torch.randn(600, 16), torch.randn(600)
+    targets, counts = torch.randint(-1, 600, (70,)), torch.rand(600)
+    sampler = NegativeSampler(("uniform", "softmax", "unigram"), 5, counts=(2, 0, 3), unigram_counts=counts)
+    head: dict[str, Any] = {"bias": bias, "logit_scale": 1.5, "logit_softcap": 9.0}
+    results = []
+    for name in ("reference", kernels):
+        with pyqe.use_backend(name):
+            generator = torch.Generator().manual_seed(1)
+            results.append(F.linear_sample_negatives(hidden, weight, targets, sampler, generator, **head))
+    agree(*results)
+
+
+@pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
 def test_a_row_draws_by_its_place_and_not_by_the_chunks(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = torch.randn(11, 600), torch.randint(0, 600, (11,))
     sampler = NegativeSampler(("uniform", "softmax"), num_negatives=6)
@@ -341,3 +356,14 @@ def test_a_row_draws_by_its_place_and_not_by_the_chunks(kernels: str, monkeypatc
     monkeypatch.setattr(cuda_sampling, "CHUNK", 4)
     assert torch.equal(sample(11), whole)
     assert torch.equal(sample(6), whole[:6])
+
+
+@pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
+def test_a_target_out_of_range_that_nothing_has_refused(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where looking at ids would wait for the device."""
+    monkeypatch.setattr(reference, "check_ids", lambda *_: None)
+    sampler, targets = NegativeSampler(("uniform", "softmax")), torch.tensor([3, 50, -2, 2**62, -1])
+    with pyqe.use_backend(kernels):
+        ids = F.sample_negatives(torch.randn(5, 50), targets, sampler)
+    assert (ids[1:4] == -1).all()
+    assert (ids[[0, 4]] >= 0).any(1).all()

@@ -26,35 +26,66 @@ struct LogitRow {
         softcap(all.softcap),
         vocab(all.vocab) {}
 
-  // The logit that an element stands for.
-  __device__ float finish(float element, std::int64_t column) const {
-    if (kPlain) return element;
-    float z = row_scale * element;
-    if (bias) z += bias[column];
-    if (addend) z += addend[column];
-    z = (z + row_shift) * scale;
-    return softcap > 0 ? softcap * tanhf(z / softcap) : z;
+  __device__ float at(std::int64_t column) const {
+    float z[1] = {as_float(logits[column])};
+    if (!kPlain) finish(column, z);
+    return z[0];
   }
-
-  __device__ float at(std::int64_t column) const { return finish(as_float(logits[column]), column); }
 
   // Eight logits from a column that is a multiple of eight on; -infinity beyond the vocabulary. Reads 16
   // bytes at once where rows lie so that it can; which lane holds what is the same where not.
-  __device__ void eight(std::int64_t column, float (&z)[8]) const {
-    if (column + 8 <= vocab && is_aligned(logits + column)) {
+  __device__ void eight(std::int64_t column, float (&z)[8]) const { several<1>(column, 0, z); }
+
+  // The same for several columns, `step` apart: all loads are under way before the first is used.
+  template <int kColumns>
+  __device__ void several(std::int64_t column, int step, float (&z)[kColumns * 8]) const {
+    if (column + (kColumns - 1) * step + 8 <= vocab && is_aligned(logits + column)) {
       constexpr int kLoads = 8 / kPerLoad<T>;
+      Vector<T> vectors[kColumns * kLoads];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const Vector<T> vector = load_once(logits + column + i * kPerLoad<T>);
+      for (int i = 0; i < kColumns * kLoads; ++i)
+        vectors[i] = load_once(logits + column + i / kLoads * step + i % kLoads * kPerLoad<T>);
 #pragma unroll
-        for (int j = 0; j < kPerLoad<T>; ++j) z[i * kPerLoad<T> + j] = as_float(vector.items[j]);
+      for (int i = 0; i < kColumns * 8; ++i) z[i] = as_float(vectors[i / kPerLoad<T>].items[i % kPerLoad<T>]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kColumns * 8; ++i) {
+        const std::int64_t at = column + i / 8 * step + i % 8;
+        z[i] = at < vocab ? as_float(logits[at]) : -INFINITY;
       }
+    }
+    if (!kPlain) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) z[i] = finish(z[i], column + i);
-      return;
+      for (int i = 0; i < kColumns; ++i) finish(column + i * step, reinterpret_cast<float(&)[8]>(z[i * 8]));
+    }
+  }
+
+ private:
+  // From elements of the matrix to logits. What all elements have in common is asked once for all.
+  template <int kCount>
+  __device__ void finish(std::int64_t column, float (&z)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) z[i] *= row_scale;
+    if (bias) add(bias, column, z);
+    if (addend) add(addend, column, z);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) z[i] = (z[i] + row_shift) * scale;
+    if (softcap > 0) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) z[i] = softcap * tanhf(z[i] / softcap);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) z[i] = column + i < vocab ? at(column + i) : -INFINITY;
+    for (int i = 0; i < kCount; ++i) {
+      if (column + i >= vocab) z[i] = -INFINITY;
+    }
+  }
+
+  template <int kCount>
+  __device__ void add(const float* terms, std::int64_t column, float (&z)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (column + i < vocab) z[i] += terms[column + i];
+    }
   }
 };
 

@@ -16,11 +16,14 @@ namespace pyqe::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp, kSegmentWords = kSegment / 32;
+constexpr int kTilesOfWarp = kSegment / kTile / kWarps;
 static_assert(kSegmentWords == kThreads, "a thread clears one word");
 static_assert(kTile == kWarp * 8, "eight tokens for each lane");
 
 __device__ bool is_sampled(const SampleNegatives& args, std::int64_t row) {
-  return !std::isnan(args.max_logit[row]) && args.targets[row] >= -1 && args.targets[row] < args.logits.vocab;
+  const std::int64_t target = args.targets[row];
+  const float max = args.max_logit[row];
+  return !std::isnan(max) && target >= -1 && target < args.logits.vocab;
 }
 
 // --- weights of a tile ---
@@ -38,32 +41,35 @@ struct Lane {
 };
 
 // -infinity for what has no weight
-template <class T>
-__device__ void read_logits(const SampleNegatives& args, const LogitRow<T>& logits, const Lane& lane,
-                            float (&z)[8]) {
-  logits.eight(lane.column, z);
+__device__ void bar(const SampleNegatives& args, const Lane& lane, float (&z)[8]) {
+  if (lane.barred == 0 && !args.factor) return;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     if (!lane.allows(i) || (args.factor && args.factor[lane.column + i] == 0)) z[i] = -INFINITY;
   }
 }
 
-// e^((z - max) beta) factor
-__device__ float softmax_weight(const SampleNegatives& args, float z, float max, std::int64_t column) {
-  if (z == -INFINITY) return 0;
-  const float power = fast_exp((z - max) * args.beta);
-  return args.factor ? power * args.factor[column] : power;
+// In place of logits as `bar` leaves them: e^((z - max) beta) factor, max > -infinity.
+__device__ void softmax_weights(const SampleNegatives& args, const Lane& lane, float max, float (&z)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) z[i] = fast_exp((z[i] - max) * args.beta);
+  if (!args.factor) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (lane.allows(i)) z[i] *= args.factor[lane.column + i];
+  }
 }
 
-template <class T>
-__device__ TileSum sum_tile(const SampleNegatives& args, const LogitRow<T>& logits, const Lane& lane) {
-  float z[8], max = -INFINITY, sum = 0;
-  read_logits(args, logits, lane, z);
+// Of logits as `bar` leaves them; they become weights.
+__device__ TileSum sum_tile(const SampleNegatives& args, const Lane& lane, float (&z)[8]) {
+  float max = -INFINITY, sum = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) max = fmaxf(max, z[i]);
   max = warp_max(max);
+  if (max == -INFINITY) return {max, 0};
+  softmax_weights(args, lane, max, z);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum += softmax_weight(args, z[i], max, lane.column + i);
+  for (int i = 0; i < 8; ++i) sum += z[i];
   return {max, warp_sum(sum)};
 }
 
@@ -75,35 +81,44 @@ __device__ void bar_segment(const SampleNegatives& args, std::int64_t row, std::
   const std::int64_t left = args.logits.vocab - first - threadIdx.x * 32;
   barred[threadIdx.x] = left >= 32 ? 0u : left <= 0 ? ~0u : ~0u << left;
   __syncthreads();
-  const auto bar = [&](std::int64_t id) {
+  const auto mark = [&](std::int64_t id) {
     const std::int64_t at = id - first;
     if (at >= 0 && at < kSegment) atomicOr(&barred[at / 32], 1u << at % 32);
   };
-  if (threadIdx.x == 0 && args.targets[row] >= 0) bar(args.targets[row]);
+  if (threadIdx.x == 0 && args.targets[row] >= 0) mark(args.targets[row]);
   const std::int64_t* excluded = args.excluded + row * args.n_excluded;
-  for (std::int64_t i = threadIdx.x; i < args.n_excluded && excluded[i] >= 0; i += kThreads) bar(excluded[i]);
+  for (std::int64_t i = threadIdx.x; i < args.n_excluded && excluded[i] >= 0; i += kThreads)
+    mark(excluded[i]);
   __syncthreads();
 }
 
 // A block for each segment of a row.
-template <class T>
-__global__ void __launch_bounds__(kThreads) sum_tiles(SampleNegatives args) {
+template <class T, bool kPlain>
+__global__ void __launch_bounds__(kThreads, 3) sum_tiles(SampleNegatives args) {
   __shared__ unsigned barred[kSegmentWords];
   const std::int64_t segments = segments_of(args.logits.vocab), tiles = tiles_of(args.logits.vocab);
   const std::int64_t row = blockIdx.x / segments, segment = blockIdx.x % segments;
   if (!is_sampled(args, row)) return;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const std::int64_t first_tile = segment * (kSegment / kTile);
+  float z[kTilesOfWarp * 8];
+  if (args.tile_sums) {
+    const LogitRow<T, kPlain> logits(args.logits, row);
+    logits.template several<kTilesOfWarp>((first_tile + warp) * kTile + lane * 8, kWarps * kTile, z);
+  }
   bar_segment(args, row, segment * kSegment, barred);
   const std::int64_t word = segment * kSegmentWords + threadIdx.x;
   if (word < tiles * kTileWords) args.barred[row * tiles * kTileWords + word] = barred[threadIdx.x];
   if (!args.tile_sums) return;
-  const LogitRow<T> logits(args.logits, row);
 #pragma unroll
-  for (int i = 0; i < kSegment / kTile / kWarps; ++i) {
-    const int in_segment = i * kWarps + threadIdx.x / kWarp;
-    const std::int64_t tile = segment * (kSegment / kTile) + in_segment;
-    if (tile >= tiles) break;
-    const TileSum sum = sum_tile(args, logits, Lane(tile, barred + in_segment * kTileWords));
-    if (threadIdx.x % kWarp == 0) args.tile_sums[row * tiles + tile] = sum;
+  for (int i = 0; i < kTilesOfWarp; ++i) {
+    const int in_segment = i * kWarps + warp;
+    if (first_tile + in_segment >= tiles) break;
+    const Lane tokens(first_tile + in_segment, barred + in_segment * kTileWords);
+    float(&of_tile)[8] = reinterpret_cast<float(&)[8]>(z[i * 8]);
+    bar(args, tokens, of_tile);
+    const TileSum sum = sum_tile(args, tokens, of_tile);
+    if (lane == 0) args.tile_sums[row * tiles + first_tile + in_segment] = sum;
   }
 }
 
@@ -174,6 +189,11 @@ class RowSampler {
   __device__ static int lane() { return threadIdx.x % kWarp; }
 
   __device__ Lane tokens(std::int64_t tile) const { return Lane(tile, barred_ + tile * kTileWords); }
+
+  __device__ void read_logits(const Lane& tokens, float (&z)[8]) const {
+    logits_.eight(tokens.column, z);
+    bar(args_, tokens, z);
+  }
 
   __device__ double sum_counts(const Lane& tokens) const {
     double sum = 0;
@@ -307,10 +327,10 @@ class RowSampler {
     const double softmax = softmax_ > 0 ? softmax_ * tile_factor(shared_.sums[tile]) : 0.0;
     if (softmax == 0) return;
     float z[8];
-    read_logits(args_, logits_, tokens, z);
+    read_logits(tokens, z);
+    softmax_weights(args_, tokens, shared_.sums[tile].max, z);
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      weights[i] += softmax * softmax_weight(args_, z[i], shared_.sums[tile].max, tokens.column + i);
+    for (int i = 0; i < 8; ++i) weights[i] += softmax * z[i];
   }
 
   // The token at `value` of the cumulative weights of one tile; -1 where none has any.
@@ -373,7 +393,12 @@ class RowSampler {
   __device__ void sum_again(std::int64_t tile) {
     const Lane tokens = this->tokens(tile);
     const int open = warp_sum(8 - __popc(tokens.barred));
-    const TileSum sum = softmax_ > 0 ? sum_tile(args_, logits_, tokens) : TileSum{};
+    TileSum sum = {};
+    if (softmax_ > 0) {
+      float z[8];
+      read_logits(tokens, z);
+      sum = sum_tile(args_, tokens, z);
+    }
     const double counts = unigram_ > 0 ? sum_counts(tokens) : 0.0;
     if (lane() > 0) return;
     shared_.open[tile] = open, shared_.sums[tile] = sum, shared_.counts[tile] = counts;
@@ -394,7 +419,7 @@ class RowSampler {
 
 // A block for each row. What an earlier source has drawn, in the columns before, is dropped.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     draw_tokens(SampleNegatives args, Source source, std::uint32_t stream, std::int64_t column) {
   __shared__ ForReductions reductions;
   const std::int64_t row = blockIdx.x;
@@ -421,8 +446,9 @@ void sample_negatives(const SampleNegatives& args, const Source* sources, std::i
   if (vocab > 0x7fffffff) throw std::invalid_argument("vocab: expected fewer than 2^31 tokens");
   for_dtype(args.logits.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(sum_tiles<T>, dim3(static_cast<unsigned>(args.logits.n * segments_of(vocab))), dim3(kThreads), 0,
-           stream, args);
+    const auto kernel = is_plain(args.logits) ? sum_tiles<T, true> : sum_tiles<T, false>;
+    launch(kernel, dim3(static_cast<unsigned>(args.logits.n * segments_of(vocab))), dim3(kThreads), 0, stream,
+           args);
     std::int64_t column = 0;
     for (std::int64_t s = 0; s < n_sources; ++s) {
       if (sources[s].count == 0) continue;

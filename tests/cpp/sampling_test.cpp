@@ -13,8 +13,7 @@ using namespace pyqe;
 using namespace pyqe::test;
 
 constexpr DominantRule kJump = {DominantKind::kJump, true, .3, .005, 0, 0};
-constexpr Source kSources[] = {
-    {1, 0, 0, 4}, {0, 1, 0, 3}, {.5, .2, .3, 2}};  // softmax, unigram, a mixture
+constexpr Source kSources[] = {{1, 0, 0, 4}, {0, 1, 0, 3}, {.5, .2, .3, 2}};  // softmax, unigram, a mixture
 constexpr std::int64_t kWidth = 9;
 
 struct Negatives {
