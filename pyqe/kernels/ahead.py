@@ -1,0 +1,87 @@
+"""Compiles kernels for GPUs that need not be there, and says what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pyqe.kernels.common import Config
+
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that one block may use
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Resources of a compiled kernel, per thread but for the shared memory."""
+
+    shared: int  # bytes
+    registers: int
+    spill_stores: int  # bytes
+    spill_loads: int  # bytes
+    ptx: str
+    ttgir: str
+
+    @property
+    def tensor_cores(self) -> bool:
+        return "wgmma.mma_async" in self.ptx or "mma.sync" in self.ptx
+
+
+def compile_for(
+    architecture: str,
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    config: Config,
+    **options: Any,
+) -> Compiled:
+    """Compile a kernel as its launcher would for tensors whose addresses and strides are multiples of 16.
+
+    Args:
+        architecture: "sm_80" or "sm_90".
+        kernel: of ``triton.jit``.
+        types: Triton's type of every argument that is no constant, such as ``"*bf16"``, ``"i32"`` or ``"fp32"``.
+        constants: values of the others but for the config's.
+        config: block sizes, warps and stages.
+        options: further options of the compiler, as given at launch.
+    """
+    constants = {**constants, **config.blocks}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name.endswith("_stride")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages, **options},
+    )
+    ptx = compiled.asm["ptx"]
+    return Compiled(compiled.metadata.shared, *_assemble(ptx), ptx, compiled.asm["ttgir"])
+
+
+def _assemble(ptx: str) -> tuple[int, int, int]:
+    """Registers, and bytes of spill stores and loads, that ptxas reports."""
+    match = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    target = match.group(1) if match else ""
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [str(ptxas), "-v", f"-arch={target}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    numbers = [re.search(rf"(\d+) {what}", report) for what in ("registers", "bytes spill stores", "bytes spill loads")]
+    if None in numbers:
+        raise RuntimeError(f"ptxas: no resources in its report: {report}")
+    registers, stores, loads = (int(number.group(1)) for number in numbers if number)
+    return registers, stores, loads

@@ -1,0 +1,103 @@
+"""What all kernel files share: block sizes by device, how precise float32 products are, operands for the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = tl.constexpr(INTERPRETED)  # kernels see only globals of this kind
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is compiled: its block sizes by name, warps, and stages of the software pipeline.
+
+    Block sizes never depend on the number of rows, or a row's result would depend on its batch.
+    """
+
+    blocks: dict[str, int] = field(hash=False)
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def launch_options(self) -> dict[str, int]:
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return json.loads(files("pyqe.kernels").joinpath("configs.json").read_text(encoding="utf-8"))
+
+
+def _read(entry: dict[str, int]) -> Config:
+    blocks = {name: size for name, size in entry.items() if name.isupper()}
+    return Config(blocks, entry.get("num_warps", 4), entry.get("num_stages", 1))
+
+
+def _architecture(major: int) -> str:
+    return "sm_90" if major >= 9 else "sm_80"
+
+
+def all_configs(kernel: str) -> Iterator[tuple[str, str, Config]]:
+    """Architecture, kind of product and config, the chosen and the candidates alike, of a kernel."""
+    for architecture, products in _table()[kernel].items():
+        if architecture == "interpreter":
+            continue
+        for product, entry in products.items():
+            for config in (entry["chosen"], *entry["candidates"]):
+                yield architecture, product, _read(config)
+
+
+@cache
+def _config(kernel: str, product: str, architecture: str) -> Config:
+    entry = _table()[kernel][architecture]
+    return _read(entry if architecture == "interpreter" else entry[product]["chosen"])
+
+
+@cache
+def _architecture_of(device: torch.device) -> str:
+    return "interpreter" if INTERPRETED else _architecture(torch.cuda.get_device_capability(device)[0])
+
+
+def config_for(kernel: str, like: Tensor) -> Config:
+    """The chosen config of a kernel for a tensor's device and dtype."""
+    return _config(kernel, product_kind(like.dtype), _architecture_of(like.device))
+
+
+def product_kind(dtype: torch.dtype) -> str:
+    """How matrix products of a dtype are computed: "half", "tf32" or "ieee", as the table of configs calls it.
+
+    float32 is exact ("ieee", without tensor cores) unless ``torch.set_float32_matmul_precision`` allows less than
+    "highest", as for torch's own products.
+    """
+    if dtype != torch.float32:
+        return "half"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@triton.jit
+def operand(block):  # type: ignore[no-untyped-def]
+    """A block as ``tl.dot`` may take it: the interpreter's arithmetic in bf16 is wrong, so float32 there."""
+    if _INTERPRETED:
+        return block.to(tl.float32)
+    return block
+
+
+def input_precision(product: str) -> str:
+    """``input_precision`` of ``tl.dot`` for a kind of product."""
+    return "tf32" if product == "tf32" else "ieee"
+
+
+def contiguous_rows(matrix: Tensor) -> Tensor:
+    """The matrix with contiguous rows, which may be any distance apart."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
