@@ -1,0 +1,207 @@
+"""Logits of given tokens and their gradients: rows of ``weight`` and ``hidden`` are gathered, O(N K D).
+
+Bound by memory: every program sums products of gathered rows in a tile [rows, columns] of float32 lanes that are
+reduced once, at the end. K decides the tile's shape, N never, so a row's result does not depend on its batch.
+
+The weight's gradient sorts the pairs (position, token) by token, so each of its rows is written once, by the programs
+that find the token's first pair: no atomics, and the same bits every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyqe.backends.reference import check_ids
+from pyqe.kernels.common import INTERPRETED, contiguous_rows
+
+_LANES = 512 if INTERPRETED else 8192  # float32 accumulators of a program: 64 registers a thread
+_MAX_ROWS = 16
+
+
+def _tile(gathered: int, dim: int) -> dict[str, int]:
+    """Rows and columns of a program's tile where so many rows are summed or multiplied at a time."""
+    rows = min(triton.next_power_of_2(max(gathered, 1)), _MAX_ROWS)
+    return {"BLOCK_K": rows, "BLOCK_D": min(triton.next_power_of_2(dim), _LANES // rows, 1024)}
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    hidden,  # [N, D]
+    weight,  # [V, D]
+    bias,  # [V]; not read without HAS_BIAS
+    token_ids,  # [N, K]
+    out,  # [N, K] float32
+    k,
+    dim,
+    vocab_size,
+    hidden_stride,
+    weight_stride,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    ids = tl.load(token_ids + row * k + columns, mask=columns < k, other=-1)
+    valid = (ids >= 0) & (ids < vocab_size)
+    rows = weight + tl.where(valid, ids, 0) * weight_stride
+    total = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    for start in range(0, dim, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        h = tl.load(hidden + row * hidden_stride + d, mask=d < dim, other=0.0).to(tl.float32)
+        w = tl.load(rows[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
+        total += h[None, :] * w
+    logits = tl.sum(total, 1)
+    if HAS_BIAS:
+        logits += tl.load(bias + ids, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out + row * k + columns, tl.where(valid, logits, float("nan")), mask=columns < k)
+
+
+@triton.jit
+def _grad_hidden(  # type: ignore[no-untyped-def]
+    grad,  # [N, K] float32
+    weight,  # [V, D]
+    token_ids,  # [N, K]
+    out,  # [N, D]
+    k,
+    dim,
+    vocab_size,
+    weight_stride,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        ids = tl.load(token_ids + row * k + columns, mask=columns < k, other=-1)
+        valid = (ids >= 0) & (ids < vocab_size)
+        factor = tl.load(grad + row * k + columns, mask=valid, other=0.0)
+        factor = tl.where(ids >= vocab_size, float("nan"), factor)
+        rows = weight + tl.where(valid, ids, 0) * weight_stride
+        w = tl.load(rows[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
+        total += factor[:, None] * w
+    tl.store(out + row * dim + d, tl.sum(total, 0).to(out.dtype.element_ty), mask=d < dim)
+
+
+@triton.jit
+def _grad_rows(  # type: ignore[no-untyped-def]
+    grad,  # [N * K] float32
+    hidden,  # [N, D]
+    tokens,  # [P] sorted; negative ones are padding
+    pairs,  # [P] places of the tokens in grad
+    out_rows,  # [P] the row of out that belongs to the token
+    out,  # [rows, D]
+    n_pairs,
+    n_rows,
+    k,
+    dim,
+    hidden_stride,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Row of one token, if its first pair is this program's; runs of equal tokens go through BLOCK_K at a time."""
+    first = tl.program_id(0)
+    token = tl.load(tokens + first)
+    previous = tl.load(tokens + first - 1, mask=first > 0, other=-1)
+    out_row = tl.load(out_rows + first)
+    if (token < 0) | (token == previous) | (out_row >= n_rows):
+        return
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    start = first
+    more = True
+    while more:
+        places = start + tl.arange(0, BLOCK_K)
+        inside = tl.load(tokens + places, mask=places < n_pairs, other=-1) == token
+        pair = tl.load(pairs + places, mask=inside, other=0)
+        factor = tl.load(grad + pair, mask=inside, other=0.0)
+        rows = hidden + (pair // k) * hidden_stride
+        h = tl.load(rows[:, None] + d[None, :], mask=inside[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
+        total += factor[:, None] * h
+        start += BLOCK_K
+        more = tl.load(tokens + start, mask=start < n_pairs, other=-1) == token
+    tl.store(out + out_row * dim + d, tl.sum(total, 0).to(out.dtype.element_ty), mask=d < dim)
+
+
+def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
+    check_ids("token_ids", token_ids, weight.shape[0])
+    hidden, weight, ids = contiguous_rows(hidden), contiguous_rows(weight), token_ids.contiguous()
+    out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
+    n, k = ids.shape
+    if out.numel():
+        tile = _tile(k, hidden.shape[1])
+        _forward[n, triton.cdiv(k, tile["BLOCK_K"])](
+            hidden,
+            weight,
+            bias,
+            ids,
+            out,
+            k,
+            hidden.shape[1],
+            weight.shape[0],
+            hidden.stride(0),
+            weight.stride(0),
+            HAS_BIAS=bias is not None,
+            **tile,
+        )
+    return out
+
+
+def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    check_ids("token_ids", token_ids, weight.shape[0])
+    weight, ids, grad = contiguous_rows(weight), token_ids.contiguous(), grad.float().contiguous()
+    (n, k), (vocab_size, dim) = ids.shape, weight.shape
+    out = torch.empty(n, dim, dtype=weight.dtype, device=weight.device)
+    if out.numel():
+        tile = _tile(k, dim)
+        grid = (n, triton.cdiv(dim, tile["BLOCK_D"]))
+        _grad_hidden[grid](grad, weight, ids, out, k, dim, vocab_size, weight.stride(0), **tile)
+    return out
+
+
+def _accumulate_rows(
+    grad: Tensor, hidden: Tensor, tokens: Tensor, pairs: Tensor, out_rows: Tensor, k: int, out: Tensor
+) -> None:
+    """Fill the rows of ``out`` that belong to the sorted tokens; the others stay as they are."""
+    if tokens.numel() and out.numel():
+        hidden, dim = contiguous_rows(hidden), hidden.shape[1]
+        tile = _tile(_MAX_ROWS, dim)
+        _grad_rows[len(tokens), triton.cdiv(dim, tile["BLOCK_D"])](
+            grad.float().contiguous(),
+            hidden,
+            tokens,
+            pairs,
+            out_rows,
+            out,
+            len(tokens),
+            len(out),
+            k,
+            dim,
+            hidden.stride(0),
+            **tile,
+        )
+
+
+def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of rows depends on the data, so this one waits for the device."""
+    tokens, pairs = torch.sort(token_ids.reshape(-1), stable=True)
+    padding = int((tokens < 0).sum())
+    tokens, pairs = tokens[padding:], pairs[padding:]
+    row_ids, out_rows = torch.unique_consecutive(tokens, return_inverse=True)
+    out = torch.empty(len(row_ids), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+    _accumulate_rows(grad, hidden, tokens, pairs, out_rows, token_ids.shape[1], out)
+    return row_ids, out
+
+
+def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
+    """Ids out of range have no row: they are left out on a GPU."""
+    check_ids("token_ids", token_ids, vocab_size)
+    tokens, pairs = torch.sort(token_ids.reshape(-1), stable=True)
+    out = torch.zeros(vocab_size, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+    _accumulate_rows(grad, hidden, tokens, pairs, tokens, token_ids.shape[1], out)
+    return out
