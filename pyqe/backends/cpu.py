@@ -54,7 +54,12 @@ def _check_grad(grad: Tensor, token_ids: Tensor) -> None:
         raise ValueError(f"grad: expected {list(token_ids.shape)} as token_ids, got {list(grad.shape)}")
 
 
-def _checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three with contiguous rows.
+
+    Raises:
+        ValueError: their shapes or dtypes do not fit.
+    """
     _check_pair("hidden", hidden, weight.shape[1], weight.dtype)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(
@@ -64,7 +69,7 @@ def _checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
 
 
 def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     if len(token_ids) != len(hidden):
         raise ValueError(f"token_ids: expected {len(hidden)} rows as hidden, got {len(token_ids)}")
     ids = token_ids.contiguous()
@@ -371,7 +376,7 @@ def _lm_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Any, Callable[[Tensor], Tensor]]:
     """Logits of an LM's head for the library, and a function that computes those of some rows, float32 [n, V]."""
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
 
     def head(hidden: Tensor) -> Any:
         return _linear(hidden, weight, bias, scale=scale, bias_scale=scale, softcap=softcap)
@@ -413,7 +418,7 @@ def linear_temperature_nll(
     labels: Tensor,
     beta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels: expected {len(hidden)} rows as hidden, got {list(labels.shape)}")
     labels = labels.contiguous()
@@ -468,7 +473,7 @@ def linear_sigmoid_stats(
     shift: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     row_scale, row_shift = (None if term is None else term.float().contiguous() for term in (scale, shift))
     logits = _linear(hidden, weight, bias, row_scale=row_scale, row_shift=row_shift)
     return _sigmoid_stats(logits, len(hidden), weight.shape[0], *options)
@@ -631,7 +636,7 @@ def linear_vocab_bce(
     grad_hidden: bool,
     grad_weight: bool,
 ) -> tuple[Tensor, ...]:
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     n, none = len(hidden), hidden.new_empty(0)
     per_row = {"scale": scale, "shift": shift, "targets": targets, "exclude_ids": exclude_ids, "weights": row_weights}
     for name, tensor in per_row.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# ptxas may otherwise compute (x * y) - m without rounding the product that was written to memory or became a maximum.
+UNFUSED = {"enable_fp_fusion": False}
 _INTERPRETED = tl.constexpr(INTERPRETED)  # kernels see only globals of this kind
 
 
@@ -26,11 +28,13 @@ class Config:
     Block sizes never depend on the number of rows, or a row's result would depend on its batch.
     """
 
-    blocks: dict[str, int] = field(hash=False)
+    blocks: dict[str, int]
     num_warps: int = 4
     num_stages: int = 1
 
-    def launch_options(self) -> dict[str, int]:
+    @cached_property
+    def options(self) -> dict[str, int]:
+        """As a kernel's launch takes them."""
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
