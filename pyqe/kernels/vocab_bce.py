@@ -28,8 +28,8 @@ from torch import Tensor
 from pyqe.backends.reference import check_ids
 from pyqe.kernels.common import INTERPRETED, config_for, contiguous_rows, input_precision, operand, product_kind
 
-CHUNK = 64 if INTERPRETED else 2048  # tokens whose part of grad_hidden is summed before it is added to the others'
-FULL_ROWS = 64 if INTERPRETED else 4096  # chunks are wider where there are fewer rows
+CHUNK = 256 if INTERPRETED else 2048  # tokens whose part of grad_hidden is summed before it is added to the others'
+FULL_ROWS = 128 if INTERPRETED else 4096  # chunks are wider where there are fewer rows
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2_LEADING = tl.constexpr(0.693359375)  # 9 bits, so that products with exponents are exact
 _LN2_REST = tl.constexpr(-2.1219444005469058e-4)
@@ -122,7 +122,7 @@ def gradient_kernel(
     hidden, weight, bias,  # [N, D], [V, D], [V]
     row_scale, row_shift, row_weights, row_factors,  # [N], float32
     targets, excluded,  # [N]; [N, n_excluded], int32, sorted
-    gradient,  # [N, chunk] or None
+    gradient,  # [N, chunk] with memory for N rounded up to BLOCK_N, or None
     row_partials,  # [1 to 3, tiles of a chunk, N], float32: sums of loss, of g, of g times the dot product
     bias_partials,  # [blocks of rows, chunk], float32
     n_rows, dim, start, vocab_size, n_excluded, first_step, hidden_stride, weight_stride, chunk, pos_weight,
@@ -185,9 +185,7 @@ def gradient_kernel(
         loss_sum += tl.sum(tl.where(positive, pos_weight * loss, loss), 1)
         g = tl.where(positive, -pos_weight * g, g)
         if gradient is not None:
-            tl.store(
-                gradient + place[None, :], (g * factors[:, None]).to(gradient.dtype.element_ty), mask=row_mask[:, None]
-            )
+            tl.store(gradient + place[None, :], (g * factors[:, None]).to(gradient.dtype.element_ty))
         if SUM_SLOPE:
             slope_sum += tl.sum(g, 1)
         if row_scale is not None:
@@ -223,21 +221,21 @@ def row_sums_kernel(
 
 @triton.jit(do_not_specialize=["n_rows", "size"])
 def product_kernel(
-    left,  # [M, size], strides left_stride and left_inner_stride
+    left,  # [M, size], with memory for M rounded up to BLOCK_M
     right,  # [size, columns]
     out,  # [M, columns], contiguous
     unit,  # one float32 number, or None for 1
     n_rows, size, n_columns, left_stride, left_inner_stride, right_stride,
     ADD: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip  # type: ignore[no-untyped-def]
     """``out = unit * left @ right``, or that added to ``out``."""
     n_row_blocks = tl.cdiv(n_rows, BLOCK_M)
     rows = (tl.program_id(0) % n_row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (tl.program_id(0) // n_row_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    first_column = (tl.program_id(0) // n_row_blocks) * BLOCK_D
+    columns = first_column + tl.arange(0, BLOCK_D)
     place = tl.arange(0, BLOCK_K)
-    column_mask = (columns < n_columns)[None, :]
-    left += tl.minimum(rows, n_rows - 1).to(tl.int64)[:, None] * left_stride + place[None, :] * left_inner_stride
+    left += rows.to(tl.int64)[:, None] * left_stride + place[None, :] * left_inner_stride
     right += place.to(tl.int64)[:, None] * right_stride + columns[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, size, BLOCK_K):
@@ -246,17 +244,21 @@ def product_kernel(
         else:
             inside = place < size - start
             a = tl.load(left, mask=inside[None, :], other=0.0)
-            b = tl.load(right, mask=inside[:, None] & column_mask, other=0.0)
+            b = tl.load(right, mask=inside[:, None] & (columns < n_columns)[None, :], other=0.0)
         total = tl.dot(operand(a), operand(b), total, input_precision=PRECISION)
         left += BLOCK_K * left_inner_stride
         right += BLOCK_K * right_stride
-    if unit is not None:
-        total *= tl.load(unit)
-    out += rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
-    mask = (rows < n_rows)[:, None] & column_mask
-    if ADD:
-        total += tl.load(out, mask=mask, other=0.0)
-    tl.store(out, total.to(out.dtype.element_ty), mask=mask)
+    parts = _slices(total, SLICES)
+    for part in tl.static_range(SLICES):
+        columns = first_column + part * (BLOCK_D // SLICES) + tl.arange(0, BLOCK_D // SLICES)
+        mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+        out_place = out + rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+        result = parts[part]
+        if unit is not None:
+            result *= tl.load(unit)
+        if ADD:
+            result += tl.load(out_place, mask=mask, other=0.0)
+        tl.store(out_place, result.to(out.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,7 @@ class _Chunks:
     pos_weight: float
     sum_slope: bool  # whether sums of g are wanted
     width: int  # tokens, a multiple of CHUNK
-    gradient: Tensor | None  # [N, width]
+    gradient: Tensor | None  # [N or some more, width]
     row_partials: Tensor  # [sums, tiles, N]
     bias_partials: Tensor | None  # [blocks of rows, width]
 
@@ -341,7 +343,8 @@ class _Chunks:
             SUM_SLOPE=self.sum_slope,
             WHOLE_BLOCKS=dim % config.blocks["BLOCK_D"] == 0,
             PRECISION=input_precision(product_kind(self.hidden.dtype)),
-            **config.launch_options(),
+            **config.options,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
     def _tiles(self, start: int) -> int:
@@ -365,7 +368,7 @@ class _Chunks:
     def write_grad_weight(self, start: int, grad_weight: Tensor) -> None:
         assert self.gradient is not None
         tokens = self._tokens(start)
-        left, out = self.gradient[:, :tokens].T, grad_weight[start : start + tokens]
+        left, out = self.gradient[: len(self.hidden), :tokens].T, grad_weight[start : start + tokens]
         if self.rows.unit is None:
             torch.mm(left, self.hidden, out=out)
         else:  # the library's product would overflow before it could be multiplied with the unit
@@ -393,7 +396,7 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, unit: Tensor | None, add
         ADD=add,
         WHOLE_BLOCKS=size % blocks["BLOCK_K"] == 0 and columns % blocks["BLOCK_D"] == 0,
         PRECISION=input_precision(product_kind(right.dtype)),
-        **config.launch_options(),
+        **config.options,
     )  # fmt: skip
 
 
@@ -401,13 +404,14 @@ def _chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, pos_weight: float, sum_slope: bool, grads: bool
 ) -> _Chunks:
     n, blocks = len(hidden), config_for("vocab_bce_gradient", hidden).blocks
-    whole = triton.cdiv(len(weight), CHUNK) * CHUNK
-    width = min(CHUNK * max(FULL_ROWS // max(n, 1), 1), whole)
+    whole_rows = max(blocks["BLOCK_N"], config_for("vocab_bce_product", hidden).blocks["BLOCK_M"])
+    padded = max(triton.cdiv(n, whole_rows), 1) * whole_rows
+    width = CHUNK * min(max(FULL_ROWS // padded, 1), triton.cdiv(len(weight), CHUNK))
     kinds = 1 + sum_slope + (rows.scale is not None)
     like = {"dtype": torch.float32, "device": hidden.device}
     return _Chunks(
         hidden, weight, bias, rows, pos_weight, sum_slope, width,
-        hidden.new_empty(n, width) if grads else None,
+        hidden.new_empty(padded, width) if grads else None,
         torch.empty(kinds, width // blocks["BLOCK_V"], n, **like),
         None if bias is None else torch.empty(triton.cdiv(n, blocks["BLOCK_N"]), width, **like),
     )  # fmt: skip
