@@ -12,6 +12,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from pyqe.kernels.common import Config
@@ -60,25 +61,24 @@ def compile_for(
         for place, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or name.endswith("_stride")
     }
-    source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
-        options={"num_warps": config.num_warps, "num_stages": config.num_stages, **options},
-    )
-    ptx = compiled.asm["ptx"]
-    return Compiled(compiled.metadata.shared, *_assemble(ptx), ptx, compiled.asm["ttgir"])
+    capability = int(architecture.removeprefix("sm_"))
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **options}
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
+    flags = [] if options.get("enable_fp_fusion", True) else ["--fmad=false"]
+    resources = _assemble(compiled.asm["ptx"], [get_ptxas(capability).path, "-v", "-lineinfo", *flags])
+    return Compiled(compiled.metadata.shared, *resources, compiled.asm["ptx"], compiled.asm["ttgir"])
 
 
-def _assemble(ptx: str) -> tuple[int, int, int]:
-    """Registers, and bytes of spill stores and loads, that ptxas reports."""
-    match = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    target = match.group(1) if match else ""
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+def _assemble(ptx: str, command: list[str]) -> tuple[int, int, int]:
+    """Registers, and bytes of spill stores and loads, that ptxas reports: Triton keeps only its last product."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    if target is None:
+        raise ValueError("ptx: expected a .target line")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [str(ptxas), "-v", f"-arch={target}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        command = [*command, f"--gpu-name={target.group(1)}", str(source), "-o", str(source.with_suffix(".cubin"))]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     numbers = [re.search(rf"(\d+) {what}", report) for what in ("registers", "bytes spill stores", "bytes spill loads")]
     if None in numbers:

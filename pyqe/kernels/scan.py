@@ -93,8 +93,8 @@ def _catch(z, start, ids, ids_stride, n_ids, caught, rows, row_mask, BLOCK_V: tl
         wanted = tl.load(ids + rows.to(tl.int64) * ids_stride + k, mask=row_mask, other=-1) - start
         here = (wanted >= 0) & (wanted < BLOCK_V)
         if tl.max(here.to(tl.int32), 0) > 0:
-            wanted = tl.where(here, wanted, -1).to(tl.int32)
-            found = tl.sum(tl.where(column[None, :] == wanted[:, None], z, 0.0), 1)
+            chosen = column[None, :] == tl.where(here, wanted, -1).to(tl.int32)[:, None]
+            found = tl.sum(tl.where(chosen, z, 0.0), 1)
             tl.store(caught + rows.to(tl.int64) * n_ids + k, found, mask=here)
 
 
