@@ -49,7 +49,7 @@ def _check_pair(name: str, tensor: Tensor, dim: int, dtype: torch.dtype) -> None
         raise ValueError(f"{name}: expected [..., {dim}] in {dtype}, got {list(tensor.shape)} in {tensor.dtype}")
 
 
-def _check_grad(grad: Tensor, token_ids: Tensor) -> None:
+def check_grad(grad: Tensor, token_ids: Tensor) -> None:
     if grad.shape != token_ids.shape:
         raise ValueError(f"grad: expected {list(token_ids.shape)} as token_ids, got {list(grad.shape)}")
 
@@ -93,7 +93,7 @@ def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias:
 
 
 def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    _check_grad(grad, token_ids)
+    check_grad(grad, token_ids)
     weight, ids, grad = _rows(weight), token_ids.contiguous(), grad.float().contiguous()
     out = torch.empty(ids.shape[0], weight.shape[1], dtype=weight.dtype)
     _C.token_logits_backward_hidden(
@@ -142,8 +142,8 @@ def _accumulate_rows(
     )
 
 
-def _checked_hidden(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    _check_grad(grad, token_ids)
+def checked_hidden(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
+    check_grad(grad, token_ids)
     if len(hidden) != len(token_ids):
         raise ValueError(f"hidden: expected {len(token_ids)} rows as token_ids, got {len(hidden)}")
     return _rows(hidden)
@@ -151,7 +151,7 @@ def _checked_hidden(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
 
 def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     pairs, starts, row_ids = _sorted_pairs(token_ids)
-    hidden = _checked_hidden(grad, hidden, token_ids)
+    hidden = checked_hidden(grad, hidden, token_ids)
     out = torch.empty(len(row_ids), hidden.shape[1], dtype=hidden.dtype)
     _accumulate_rows(grad.float().contiguous(), hidden, token_ids.shape[1], pairs, starts, None, out)
     return row_ids, out
@@ -159,7 +159,7 @@ def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> t
 
 def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
     pairs, starts, row_ids = _sorted_pairs(token_ids)
-    hidden = _checked_hidden(grad, hidden, token_ids)
+    hidden = checked_hidden(grad, hidden, token_ids)
     if len(row_ids) and int(row_ids[-1]) >= vocab_size:
         raise IndexError(f"token_ids: expected ids in [0, {vocab_size}), got {int(row_ids[-1])}")
     out = torch.zeros(vocab_size, hidden.shape[1], dtype=hidden.dtype)

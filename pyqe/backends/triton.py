@@ -42,10 +42,8 @@ def _operation(module: str, name: str) -> Callable[..., Any]:
     return run
 
 
-# inverse_softmax is missing: a pass over few probabilities, which torch's own kernels serve as well.
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    name: _operation("triton_statistics", name)
-    for name in (
+_NAMES = {
+    "triton_statistics": (
         "softmax_stats",
         "linear_softmax_stats",
         "sigmoid_stats",
@@ -54,5 +52,16 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         "linear_sample_negatives",
         "temperature_nll",
         "linear_temperature_nll",
-    )
+    ),
+    "triton_losses": (
+        "linear_token_logits",
+        "token_logits_grad_hidden",
+        "token_logits_grad_rows",
+        "token_logits_grad_weight",
+        "linear_vocab_bce",
+    ),
+}
+# inverse_softmax is missing: a pass over few probabilities, which torch's own kernels serve as well.
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    name: _operation(module, name) for module, names in _NAMES.items() for name in names
 }

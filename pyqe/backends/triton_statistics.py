@@ -10,7 +10,6 @@ which rows need another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import wraps
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from pyqe.backends import reference
 from pyqe.backends.cpu import checked_head
+from pyqe.backends.triton_arguments import check_rows, on_device
 from pyqe.dominant import DominantRule
 from pyqe.kernels.common import INTERPRETED, contiguous_rows
 from pyqe.kernels.results import MomentRows, SigmoidRows, SoftmaxRows
@@ -30,27 +30,9 @@ CHUNK_ROWS = 64 if INTERPRETED else 256
 SCAN_ROWS = 32768  # rows whose partial results are kept at a time, 80 MB for that vocabulary
 
 
-def _on_device(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device: make it that of the first tensor."""
-
-    @wraps(operation)
-    def run(first: Tensor, *args: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return operation(first, *args)
-
-    return run
-
-
 def _chunks(n: int, size: int) -> Iterator[slice]:
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
-
-
-def _check_rows(n: int, **tensors: Tensor | None) -> None:
-    """The kernels trust what they are given."""
-    for name, tensor in tensors.items():
-        if tensor is not None and len(tensor) != n:
-            raise ValueError(f"{name}: expected {n} rows, got {len(tensor)}")
 
 
 def _joined_ids(n: int, token_ids: Tensor | None, choice_ids: Tensor | None) -> Tensor | None:
@@ -118,7 +100,7 @@ class _Softmax:
         dominant: str,
     ) -> None:
         reference.check_optional_ids(vocab_size, token_ids=token_ids, choice_ids=choice_ids)
-        _check_rows(n, token_ids=token_ids)
+        check_rows(n, token_ids=token_ids)
         rule = DominantRule.parse(dominant) if dominant else None
         self.n_tokens = 0 if token_ids is None else token_ids.shape[1]
         self.entropy = entropy
@@ -164,7 +146,7 @@ class _Sigmoid:
         self, like: Tensor, n: int, vocab_size: int, token_ids: Tensor | None, top_k: int, threshold: float | None
     ) -> None:
         reference.check_optional_ids(vocab_size, token_ids=token_ids)
-        _check_rows(n, token_ids=token_ids)
+        check_rows(n, token_ids=token_ids)
         ids = None if token_ids is None else contiguous_rows(token_ids)
         logit = None if threshold is None else reference.threshold_logit(threshold)
         self.stats = SigmoidRows.of(like, n, ids, logit)
@@ -215,7 +197,7 @@ def _number(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.float().contiguous()
 
 
-@_on_device
+@on_device
 def linear_softmax_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -230,7 +212,7 @@ def linear_softmax_stats(
     return softmax.results()
 
 
-@_on_device
+@on_device
 def linear_sigmoid_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -240,14 +222,14 @@ def linear_sigmoid_stats(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     hidden, weight, bias = checked_head(hidden, weight, bias)
-    _check_rows(len(hidden), scale=scale, shift=shift)
+    check_rows(len(hidden), scale=scale, shift=shift)
     sigmoid = _Sigmoid(hidden, len(hidden), len(weight), *options)
     head = Head(weight, row_scale=_number(scale), row_shift=_number(shift), token_bias=bias)
     _scan_in_chunks(hidden, head, None, sigmoid)
     return sigmoid.results()
 
 
-@_on_device
+@on_device
 def linear_joint_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -270,8 +252,8 @@ def linear_joint_stats(
 ) -> tuple[Tensor, ...]:
     hidden, weight, bias = checked_head(hidden, weight, bias)
     n, vocab_size = len(hidden), len(weight)
-    _check_rows(n, scale=scale, shift=shift, projected=projected)
-    _check_rows(vocab_size, token_bias=token_bias, factors=factors)
+    check_rows(n, scale=scale, shift=shift, projected=projected)
+    check_rows(vocab_size, token_bias=token_bias, factors=factors)
     softmax = _Softmax(hidden, n, vocab_size, token_ids, choice_ids, top_k, temperature, entropy, dominant)
     sigmoid = _Sigmoid(hidden, n, vocab_size, token_ids, sigmoid_top_k, threshold)
     terms = (_number(term) for term in (scale, shift, token_bias, projected, factors))
@@ -279,7 +261,7 @@ def linear_joint_stats(
     return (*softmax.results(), *sigmoid.results())
 
 
-@_on_device
+@on_device
 def softmax_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
     logits = contiguous_rows(logits)
     softmax = _Softmax(logits, *logits.shape, *options)
@@ -289,7 +271,7 @@ def softmax_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
     return softmax.results()
 
 
-@_on_device
+@on_device
 def sigmoid_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
     logits = contiguous_rows(logits)
     sigmoid = _Sigmoid(logits, *logits.shape, *options)
@@ -302,7 +284,7 @@ def sigmoid_stats(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
 # --- negatives ------------------------------------------------------------------------------------------------------
 
 
-@_on_device
+@on_device
 def linear_sample_negatives(
     hidden: Tensor,
     weight: Tensor,
@@ -314,7 +296,7 @@ def linear_sample_negatives(
     *options: Any,
 ) -> Tensor:
     hidden, weight, bias = checked_head(hidden, weight, bias)
-    _check_rows(len(hidden), targets=targets)
+    check_rows(len(hidden), targets=targets)
     reference.check_ids("targets", targets, len(weight))
     if len(hidden) == 0:
         return targets.new_empty(0, sum(options[1]))
@@ -345,10 +327,10 @@ def _means(out: MomentRows) -> tuple[Tensor, Tensor, Tensor]:
     return out.losses.double().mean(), out.first.double().mean(), out.second.double().mean()
 
 
-@_on_device
+@on_device
 def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = contiguous_rows(logits)
-    _check_rows(len(logits), labels=labels)
+    check_rows(len(logits), labels=labels)
     if labels.dim() == 1:
         reference.check_ids("labels", labels, logits.shape[1])
     else:
@@ -359,7 +341,7 @@ def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor) -> tuple[Tenso
     return _means(out)
 
 
-@_on_device
+@on_device
 def linear_temperature_nll(
     hidden: Tensor,
     weight: Tensor,
@@ -370,7 +352,7 @@ def linear_temperature_nll(
     beta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = checked_head(hidden, weight, bias)
-    _check_rows(len(hidden), labels=labels)
+    check_rows(len(hidden), labels=labels)
     reference.check_ids("labels", labels, len(weight))
     head = Head(weight, bias, logit_scale, logit_softcap)
     out, beta = MomentRows.of(hidden, labels), _float32(beta, hidden.device)

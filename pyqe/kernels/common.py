@@ -18,6 +18,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # ptxas may otherwise compute (x * y) - m without rounding the product that was written to memory or became a maximum.
 UNFUSED = {"enable_fp_fusion": False}
+FUSED = {"enable_fp_fusion": True}  # said everywhere, as versions of Triton differ in what they take for granted
 _INTERPRETED = tl.constexpr(INTERPRETED)  # kernels see only globals of this kind
 
 

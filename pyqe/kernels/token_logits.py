@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyqe.backends.reference import check_ids
-from pyqe.kernels.common import INTERPRETED, contiguous_rows
+from pyqe.kernels.common import FUSED
 
-_LANES = 512 if INTERPRETED else 8192  # float32 accumulators of a program: 64 registers a thread
+_LANES = 8192  # float32 accumulators of a program: 64 registers a thread
 _MAX_ROWS = 16
 
 
@@ -31,7 +30,7 @@ def _tile(gathered: int, dim: int) -> dict[str, int]:
 def _forward(  # type: ignore[no-untyped-def]
     hidden,  # [N, D]
     weight,  # [V, D]
-    bias,  # [V]; not read without HAS_BIAS
+    bias,  # [V] or None
     token_ids,  # [N, K]
     out,  # [N, K] float32
     k,
@@ -39,7 +38,6 @@ def _forward(  # type: ignore[no-untyped-def]
     vocab_size,
     hidden_stride,
     weight_stride,
-    HAS_BIAS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -55,7 +53,7 @@ def _forward(  # type: ignore[no-untyped-def]
         w = tl.load(rows[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
         total += h[None, :] * w
     logits = tl.sum(total, 1)
-    if HAS_BIAS:
+    if bias is not None:
         logits += tl.load(bias + ids, mask=valid, other=0.0).to(tl.float32)
     tl.store(out + row * k + columns, tl.where(valid, logits, float("nan")), mask=columns < k)
 
@@ -88,7 +86,7 @@ def _grad_hidden(  # type: ignore[no-untyped-def]
     tl.store(out + row * dim + d, tl.sum(total, 0).to(out.dtype.element_ty), mask=d < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs", "n_rows"])
 def _grad_rows(  # type: ignore[no-untyped-def]
     grad,  # [N * K] float32
     hidden,  # [N, D]
@@ -128,80 +126,46 @@ def _grad_rows(  # type: ignore[no-untyped-def]
     tl.store(out + out_row * dim + d, tl.sum(total, 0).to(out.dtype.element_ty), mask=d < dim)
 
 
-def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
-    check_ids("token_ids", token_ids, weight.shape[0])
-    hidden, weight, ids = contiguous_rows(hidden), contiguous_rows(weight), token_ids.contiguous()
-    out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
-    n, k = ids.shape
+def token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden [N, D], weight [V, D] with contiguous rows, token_ids [N, K] -> float32 [N, K]; NaN for other ids."""
+    (n, k), (vocab_size, dim) = token_ids.shape, weight.shape
+    out = torch.empty(n, k, dtype=torch.float32, device=hidden.device)
     if out.numel():
-        tile = _tile(k, hidden.shape[1])
+        tile = _tile(k, dim)
+        strides = hidden.stride(0), weight.stride(0)
         _forward[n, triton.cdiv(k, tile["BLOCK_K"])](
-            hidden,
-            weight,
-            bias,
-            ids,
-            out,
-            k,
-            hidden.shape[1],
-            weight.shape[0],
-            hidden.stride(0),
-            weight.stride(0),
-            HAS_BIAS=bias is not None,
-            **tile,
+            hidden, weight, bias, token_ids.contiguous(), out, k, dim, vocab_size, *strides, **tile, **FUSED
         )
     return out
 
 
-def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    check_ids("token_ids", token_ids, weight.shape[0])
-    weight, ids, grad = contiguous_rows(weight), token_ids.contiguous(), grad.float().contiguous()
-    (n, k), (vocab_size, dim) = ids.shape, weight.shape
+def grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    """grad float32 [N, K], weight [V, D] with contiguous rows -> [N, D]; NaN in rows with an id beyond V."""
+    (n, k), (vocab_size, dim) = token_ids.shape, weight.shape
     out = torch.empty(n, dim, dtype=weight.dtype, device=weight.device)
     if out.numel():
         tile = _tile(k, dim)
-        grid = (n, triton.cdiv(dim, tile["BLOCK_D"]))
-        _grad_hidden[grid](grad, weight, ids, out, k, dim, vocab_size, weight.stride(0), **tile)
-    return out
-
-
-def _accumulate_rows(
-    grad: Tensor, hidden: Tensor, tokens: Tensor, pairs: Tensor, out_rows: Tensor, k: int, out: Tensor
-) -> None:
-    """Fill the rows of ``out`` that belong to the sorted tokens; the others stay as they are."""
-    if tokens.numel() and out.numel():
-        hidden, dim = contiguous_rows(hidden), hidden.shape[1]
-        tile = _tile(_MAX_ROWS, dim)
-        _grad_rows[len(tokens), triton.cdiv(dim, tile["BLOCK_D"])](
-            grad.float().contiguous(),
-            hidden,
-            tokens,
-            pairs,
-            out_rows,
-            out,
-            len(tokens),
-            len(out),
-            k,
-            dim,
-            hidden.stride(0),
-            **tile,
+        _grad_hidden[n, triton.cdiv(dim, tile["BLOCK_D"])](
+            grad, weight, token_ids.contiguous(), out, k, dim, vocab_size, weight.stride(0), **tile, **FUSED
         )
-
-
-def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of rows depends on the data, so this one waits for the device."""
-    tokens, pairs = torch.sort(token_ids.reshape(-1), stable=True)
-    padding = int((tokens < 0).sum())
-    tokens, pairs = tokens[padding:], pairs[padding:]
-    row_ids, out_rows = torch.unique_consecutive(tokens, return_inverse=True)
-    out = torch.empty(len(row_ids), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-    _accumulate_rows(grad, hidden, tokens, pairs, out_rows, token_ids.shape[1], out)
-    return row_ids, out
-
-
-def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
-    """Ids out of range have no row: they are left out on a GPU."""
-    check_ids("token_ids", token_ids, vocab_size)
-    tokens, pairs = torch.sort(token_ids.reshape(-1), stable=True)
-    out = torch.zeros(vocab_size, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-    _accumulate_rows(grad, hidden, tokens, pairs, tokens, token_ids.shape[1], out)
     return out
+
+
+def add_pairs(grad: Tensor, hidden: Tensor, tokens: Tensor, pairs: Tensor, out_rows: Tensor, out: Tensor) -> None:
+    """Write the sum over a token's pairs of ``grad * hidden`` to the row of ``out`` that belongs to the token.
+
+    Args:
+        grad: float32 [N, K], contiguous.
+        hidden: [N, D] with contiguous rows.
+        tokens: int64 [P], sorted; pairs with a negative one are left out.
+        pairs: int64 [P], the tokens' places in ``grad.reshape(-1)``.
+        out_rows: int64 [P]; tokens with a row beyond ``out`` are left out.
+        out: [rows, D], contiguous; rows without a token stay as they are.
+    """
+    if tokens.numel() and out.numel():
+        dim = hidden.shape[1]
+        tile = _tile(_MAX_ROWS, dim)
+        sizes = len(tokens), len(out), grad.shape[1], dim, hidden.stride(0)
+        _grad_rows[len(tokens), triton.cdiv(dim, tile["BLOCK_D"])](
+            grad, hidden, tokens, pairs, out_rows, out, *sizes, **tile, **FUSED
+        )

@@ -25,11 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyqe.backends.reference import check_ids
-from pyqe.kernels.common import INTERPRETED, config_for, contiguous_rows, input_precision, operand, product_kind
+from pyqe.kernels.common import FUSED, INTERPRETED, config_for, input_precision, operand, product_kind
 
 CHUNK = 256 if INTERPRETED else 2048  # tokens whose part of grad_hidden is summed before it is added to the others'
-FULL_ROWS = 128 if INTERPRETED else 4096  # chunks are wider where there are fewer rows
+FULL_ROWS = 256 if INTERPRETED else 4096  # chunks are wider where there are fewer rows
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2_LEADING = tl.constexpr(0.693359375)  # 9 bits, so that products with exponents are exact
 _LN2_REST = tl.constexpr(-2.1219444005469058e-4)
@@ -344,7 +343,7 @@ class _Chunks:
             WHOLE_BLOCKS=dim % config.blocks["BLOCK_D"] == 0,
             PRECISION=input_precision(product_kind(self.hidden.dtype)),
             **config.options,
-            enable_fp_fusion=True,
+            **FUSED,
         )  # fmt: skip
 
     def _tiles(self, start: int) -> int:
@@ -369,10 +368,10 @@ class _Chunks:
         assert self.gradient is not None
         tokens = self._tokens(start)
         left, out = self.gradient[: len(self.hidden), :tokens].T, grad_weight[start : start + tokens]
-        if self.rows.unit is None:
-            torch.mm(left, self.hidden, out=out)
-        else:  # the library's product would overflow before it could be multiplied with the unit
+        if self.rows.unit is not None or INTERPRETED:
             _multiply(left, self.hidden, out, self.rows.unit, add=False)
+        else:  # the library's product is the faster one, but has no unit
+            torch.mm(left, self.hidden, out=out)
 
     def add_grad_hidden(self, start: int, total: Tensor) -> None:
         """Add the chunk's part of the gradient to ``total``, [N, D] in float32; the first chunk overwrites it."""
@@ -433,7 +432,7 @@ def _accumulator(grad_hidden: Tensor, grad_weight: Tensor | None) -> tuple[Tenso
     return memory.view(grad_hidden.shape), first // grad_weight.shape[1]
 
 
-def linear_vocab_bce(
+def vocab_bce(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -446,10 +445,6 @@ def linear_vocab_bce(
     grad_hidden: bool,
     grad_weight: bool,
 ) -> tuple[Tensor, ...]:
-    check_ids("targets", targets, len(weight))
-    if exclude_ids is not None:
-        check_ids("exclude_ids", exclude_ids, len(weight))
-    hidden, weight = contiguous_rows(hidden), contiguous_rows(weight)
     rows = _Rows.of(hidden, len(weight), scale, shift, targets, exclude_ids, row_weights, pos_weight)
     chunks = _chunks(hidden, weight, bias, rows, pos_weight, shift is not None, grad_hidden or grad_weight)
     sums = torch.zeros(len(chunks.row_partials), len(hidden), dtype=torch.float64, device=hidden.device)
