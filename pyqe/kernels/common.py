@@ -98,6 +98,16 @@ def operand(block):  # type: ignore[no-untyped-def]
     return block
 
 
+@triton.jit
+def narrowed(block, like):  # type: ignore[no-untyped-def]
+    """A float32 block in the dtype that the pointer ``like`` points to; the interpreter would not round to bf16."""
+    if _INTERPRETED and like.dtype.element_ty == tl.bfloat16:
+        bits = block.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        block = tl.where(block == block, rounded, block)
+    return block.to(like.dtype.element_ty)
+
+
 def input_precision(product: str) -> str:
     """``input_precision`` of ``tl.dot`` for a kind of product."""
     return "tf32" if product == "tf32" else "ieee"

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyqe.kernels.common import FUSED
+from pyqe.kernels.common import FUSED, narrowed
 
 _LANES = 8192  # float32 accumulators of a program: 64 registers a thread
 _MAX_ROWS = 16
@@ -83,7 +83,7 @@ def _grad_hidden(  # type: ignore[no-untyped-def]
         rows = weight + tl.where(valid, ids, 0) * weight_stride
         w = tl.load(rows[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
         total += factor[:, None] * w
-    tl.store(out + row * dim + d, tl.sum(total, 0).to(out.dtype.element_ty), mask=d < dim)
+    tl.store(out + row * dim + d, narrowed(tl.sum(total, 0), out), mask=d < dim)
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_rows"])
@@ -123,7 +123,7 @@ def _grad_rows(  # type: ignore[no-untyped-def]
         total += factor[:, None] * h
         start += BLOCK_K
         more = tl.load(tokens + start, mask=start < n_pairs, other=-1) == token
-    tl.store(out + out_row * dim + d, tl.sum(total, 0).to(out.dtype.element_ty), mask=d < dim)
+    tl.store(out + out_row * dim + d, narrowed(tl.sum(total, 0), out), mask=d < dim)
 
 
 def token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyqe.kernels.common import FUSED, INTERPRETED, config_for, input_precision, operand, product_kind
+from pyqe.kernels.common import FUSED, INTERPRETED, config_for, input_precision, narrowed, operand, product_kind
 
 CHUNK = 256 if INTERPRETED else 2048  # tokens whose part of grad_hidden is summed before it is added to the others'
 FULL_ROWS = 256 if INTERPRETED else 4096  # chunks are wider where there are fewer rows
@@ -34,7 +34,7 @@ _LN2_LEADING = tl.constexpr(0.693359375)  # 9 bits, so that products with expone
 _LN2_REST = tl.constexpr(-2.1219444005469058e-4)
 _NO_TOKEN = tl.constexpr(2**31 - 1)  # takes the place of padding among excluded ids, which are sorted
 _ROW_BLOCK = 128
-_BORROWED_SHARE = 8  # of grad_weight at most is lent to grad_hidden's sums: 4 % more work
+_BORROWED_SHARE = 8  # an eighth of grad_weight at most is lent to grad_hidden's sums: 4 % more work
 
 
 @triton.jit
@@ -94,11 +94,11 @@ def _slices(block, SLICES: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.static_assert(SLICES == 1 or SLICES == 2 or SLICES == 4)
     if SLICES == 1:
         return (block,)
-    else:
+    else:  # noqa: RET505: Triton compiles what comes after an if, whatever was returned in it
         first, second = _halves(block)
         if SLICES == 2:
             return first, second
-        else:
+        else:  # noqa: RET505
             a, b = _halves(first)
             c, d = _halves(second)
             return a, b, c, d
@@ -184,7 +184,7 @@ def gradient_kernel(
         loss_sum += tl.sum(tl.where(positive, pos_weight * loss, loss), 1)
         g = tl.where(positive, -pos_weight * g, g)
         if gradient is not None:
-            tl.store(gradient + place[None, :], (g * factors[:, None]).to(gradient.dtype.element_ty))
+            tl.store(gradient + place[None, :], narrowed(g * factors[:, None], gradient))
         if SUM_SLOPE:
             slope_sum += tl.sum(g, 1)
         if row_scale is not None:
@@ -257,7 +257,7 @@ def product_kernel(
             result *= tl.load(unit)
         if ADD:
             result += tl.load(out_place, mask=mask, other=0.0)
-        tl.store(out_place, result.to(out.dtype.element_ty), mask=mask)
+        tl.store(out_place, narrowed(result, out), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -293,9 +293,7 @@ class _Rows:
         weights = weights.float().contiguous()
         scale = None if scale is None else scale.float().contiguous()
         factors, unit = _factors(weights if scale is None else weights * scale, pos_weight, hidden.dtype)
-        return _Rows(
-            scale, shift.masked_fill(bad, torch.nan), weights, factors, unit, targets.contiguous(), excluded
-        )
+        return _Rows(scale, shift.masked_fill(bad, torch.nan), weights, factors, unit, targets.contiguous(), excluded)
 
 
 def _factors(factors: Tensor, pos_weight: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -357,7 +355,8 @@ class _Chunks:
         kinds, chunk_tiles, n = self.row_partials.shape
         if n:
             grid = (triton.cdiv(n, _ROW_BLOCK), kinds)
-            row_sums_kernel[grid](self.row_partials, sums, n, self._tiles(start), chunk_tiles, BLOCK_N=_ROW_BLOCK)
+            tiles = self._tiles(start), chunk_tiles
+            row_sums_kernel[grid](self.row_partials, sums, n, *tiles, BLOCK_N=_ROW_BLOCK, **FUSED)
 
     def write_grad_bias(self, start: int, grad_bias: Tensor) -> None:
         assert self.bias_partials is not None
@@ -365,9 +364,10 @@ class _Chunks:
         grad_bias[start : start + tokens] = self.bias_partials[:, :tokens].sum(0)
 
     def write_grad_weight(self, start: int, grad_weight: Tensor) -> None:
+        """Write the chunk's rows of ``grad_weight``, which has [V, D] or fewer rows."""
         assert self.gradient is not None
-        tokens = self._tokens(start)
-        left, out = self.gradient[: len(self.hidden), :tokens].T, grad_weight[start : start + tokens]
+        out = grad_weight[start : start + self.width]
+        left = self.gradient[: len(self.hidden), : len(out)].T
         if self.rows.unit is not None or INTERPRETED:
             _multiply(left, self.hidden, out, self.rows.unit, add=False)
         else:  # the library's product is the faster one, but has no unit
@@ -396,6 +396,7 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, unit: Tensor | None, add
         WHOLE_BLOCKS=size % blocks["BLOCK_K"] == 0 and columns % blocks["BLOCK_D"] == 0,
         PRECISION=input_precision(product_kind(right.dtype)),
         **config.options,
+        **FUSED,
     )  # fmt: skip
 
 
@@ -416,20 +417,20 @@ def _chunks(
     )  # fmt: skip
 
 
-def _accumulator(grad_hidden: Tensor, grad_weight: Tensor | None) -> tuple[Tensor, int]:
-    """Memory for grad_hidden's sums, float32 [N, D], and the token from which on it occupies grad_weight.
+def _accumulator(grad_hidden: Tensor, grad_weight: Tensor | None, vocab_size: int) -> tuple[Tensor, int]:
+    """Memory for grad_hidden's sums, float32 [N, D], and how many rows of grad_weight it leaves alone.
 
-    grad_weight's end is free until its last chunks come, whose g has to be computed again then: a third of the chunks'
-    work, so this is done where they are few.
+    grad_weight's end is free until its last chunks come, whose G has to be computed again then: a third of their work,
+    so this is done where they are few.
     """
-    if grad_hidden.dtype == torch.float32:
-        return grad_hidden, _NO_TOKEN.value
     size = 2 * grad_hidden.numel()
+    if grad_hidden.dtype == torch.float32:
+        return grad_hidden, vocab_size
     if grad_weight is None or grad_weight.numel() < _BORROWED_SHARE * size:
-        return torch.empty_like(grad_hidden, dtype=torch.float32), _NO_TOKEN.value
+        return torch.empty_like(grad_hidden, dtype=torch.float32), vocab_size
     first = (grad_weight.numel() - size) // 8 * 8  # 16 bytes
     memory = grad_weight.view(-1)[first : first + size].view(torch.float32)
-    return memory.view(grad_hidden.shape), first // grad_weight.shape[1]
+    return memory.view(grad_hidden.shape), first // grad_weight.shape[1] // CHUNK * CHUNK
 
 
 def vocab_bce(
@@ -445,29 +446,30 @@ def vocab_bce(
     grad_hidden: bool,
     grad_weight: bool,
 ) -> tuple[Tensor, ...]:
-    rows = _Rows.of(hidden, len(weight), scale, shift, targets, exclude_ids, row_weights, pos_weight)
+    """As :func:`pyqe.backends.reference.linear_vocab_bce`; rows of hidden and weight are contiguous."""
+    none, vocab_size = hidden.new_empty, len(weight)
+    rows = _Rows.of(hidden, vocab_size, scale, shift, targets, exclude_ids, row_weights, pos_weight)
     chunks = _chunks(hidden, weight, bias, rows, pos_weight, shift is not None, grad_hidden or grad_weight)
     sums = torch.zeros(len(chunks.row_partials), len(hidden), dtype=torch.float64, device=hidden.device)
-    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if grad_hidden else hidden.new_empty(0)
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if grad_weight else hidden.new_empty(0)
-    d_bias = hidden.new_empty(0) if bias is None else torch.empty_like(bias)
-    total_hidden, occupied = _accumulator(d_hidden, d_weight if grad_weight else None)
+    d_hidden = none(hidden.shape) if grad_hidden else none(0)
+    d_weight = none(weight.shape) if grad_weight else none(0)
+    d_bias = none(0) if bias is None else torch.empty_like(bias)
+    total_hidden, free = d_hidden, vocab_size
+    if grad_hidden:
+        total_hidden, free = _accumulator(d_hidden, d_weight if grad_weight else None, vocab_size)
 
-    late = []
-    for start in range(0, len(weight), chunks.width):
+    for start in range(0, vocab_size, chunks.width):
         chunks.compute(start)
         chunks.add_row_sums(start, sums)
         if bias is not None:
             chunks.write_grad_bias(start, d_bias)
         if grad_hidden:
             chunks.add_grad_hidden(start, total_hidden)
-        if grad_weight and start + chunks.width <= occupied:
-            chunks.write_grad_weight(start, d_weight)
-        elif grad_weight:
-            late.append(start)
+        if grad_weight and start < free:
+            chunks.write_grad_weight(start, d_weight[:free])
     if total_hidden is not d_hidden:
         d_hidden.copy_(total_hidden)
-    for start in late:
+    for start in range(free, vocab_size if grad_weight else 0, chunks.width):
         chunks.compute(start)
         chunks.write_grad_weight(start, d_weight)
 
@@ -478,6 +480,6 @@ def vocab_bce(
         d_hidden,
         d_weight,
         d_bias,
-        hidden.new_empty(0) if scale is None else (sums[-1].float() * rows.weights).to(scale.dtype),
-        hidden.new_empty(0) if shift is None else (sums[1].float() * rows.weights).to(shift.dtype),
+        none(0) if scale is None else (sums[-1].float() * rows.weights).to(scale.dtype),
+        none(0) if shift is None else (sums[1].float() * rows.weights).to(shift.dtype),
     )
