@@ -23,7 +23,7 @@ from pyqe.dominant import DominantRule
 from pyqe.kernels.common import INTERPRETED, contiguous_rows
 from pyqe.kernels.results import MomentRows, SigmoidRows, SoftmaxRows
 from pyqe.kernels.rows import best_tokens, reduce_rows
-from pyqe.kernels.scan import Head, scan
+from pyqe.kernels.scan import Head, copy_buffer, scan
 
 # Rows whose logits are kept at a time: 131 MB for a vocabulary of 128256, and two blocks of rows for each range.
 CHUNK_ROWS = 64 if INTERPRETED else 256
@@ -57,9 +57,9 @@ class _Ranking:
         self.dominant_ids, self.size, self.mass = empty(n, self.max_size), empty(*one), empty(*one, dtype=torch.float32)
         self._keys = empty(min(n, CHUNK_ROWS), vocab_size) if self.width else None
 
-    def fill(self, rows: slice, logits: Tensor | None, maximum: Tensor) -> tuple[Tensor, Tensor] | None:
+    def fill(self, rows: slice, logits: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor] | None:
         """Greatest logits of the rows, which are a chunk; ``maximum`` is NaN where a row is invalid."""
-        if self._keys is None or logits is None:
+        if self._keys is None:
             return None
         values, ids = best_tokens(logits, self.width, self._keys[: len(logits)])
         invalid = maximum.isnan()[:, None]
@@ -76,10 +76,10 @@ class _Ranking:
             """Always as many rows: torch's order of summation depends on their number."""
             return F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, CHUNK_ROWS - n))
 
-        ranked = (padded(tensor[:, : self.max_size + 1]) for tensor in best)
+        logits, ids = (padded(tensor[:, : self.max_size + 1]) for tensor in best)
         entropy = padded(stats.entropy) if self.rule.kind == "eta" and stats.entropy is not None else None
         found = reference.dominant_of_sorted(
-            *ranked, self.max_size, padded(stats.max_logit), padded(-stats.max_logprob), entropy, self.rule
+            logits, ids, self.max_size, padded(stats.max_logit), padded(-stats.max_logprob), entropy, self.rule
         )
         self.dominant_ids[rows], self.size[rows], self.mass[rows] = (tensor[:n] for tensor in found)
 
@@ -109,7 +109,7 @@ class _Softmax:
         self.stats = SoftmaxRows.of(like, n, ids, needs_entropy, temperature)
         self.ranking = _Ranking(like, n, vocab_size, top_k, rule)
 
-    def rank(self, rows: slice, logits: Tensor | None) -> None:
+    def rank(self, rows: slice, logits: Tensor) -> None:
         part = self.stats.rows(rows)
         self.ranking.fill_dominant(rows, self.ranking.fill(rows, logits, part.max_logit), part)
 
@@ -152,7 +152,7 @@ class _Sigmoid:
         self.stats = SigmoidRows.of(like, n, ids, logit)
         self.ranking = _Ranking(like, n, vocab_size, top_k)
 
-    def rank(self, rows: slice, logits: Tensor | None) -> None:
+    def rank(self, rows: slice, logits: Tensor) -> None:
         self.ranking.fill(rows, logits, self.stats.max_logit[rows])
 
     def results(self) -> tuple[Tensor, ...]:
@@ -168,29 +168,24 @@ class _Sigmoid:
         )
 
 
-def _buffer(like: Tensor, n: int, vocab_size: int, wanted: bool) -> Tensor | None:
-    """Logits of a chunk, float32 [rows, V]."""
-    return like.new_empty(min(n, CHUNK_ROWS), vocab_size, dtype=torch.float32) if wanted else None
-
-
 def _scan_in_chunks(hidden: Tensor, head: Head, softmax: _Softmax | None, sigmoid: _Sigmoid | None) -> None:
     n, vocab_size = len(hidden), len(head.weight)
-    copy = _buffer(hidden, n, vocab_size, softmax is not None and softmax.ranking.width > 0)
-    head_copy = _buffer(hidden, n, vocab_size, sigmoid is not None and sigmoid.ranking.width > 0)
+    copy, head_copy = (
+        copy_buffer(hidden, min(n, CHUNK_ROWS), vocab_size) if asked is not None and asked.ranking.width else None
+        for asked in (softmax, sigmoid)
+    )
     for rows in _chunks(n, SCAN_ROWS if copy is None and head_copy is None else CHUNK_ROWS):
-        z, y = (None if buffer is None else buffer[: rows.stop - rows.start] for buffer in (copy, head_copy))
         scan(
             hidden[rows],
             head.rows(rows),
             softmax=None if softmax is None else softmax.stats.rows(rows),
             sigmoid=None if sigmoid is None else sigmoid.stats.rows(rows),
-            copy=z,
-            head_copy=y,
+            copy=copy,
+            head_copy=head_copy,
         )
-        if softmax is not None:
-            softmax.rank(rows, z)
-        if sigmoid is not None:
-            sigmoid.rank(rows, y)
+        for asked, buffer in ((softmax, copy), (sigmoid, head_copy)):
+            if asked is not None and buffer is not None:
+                asked.rank(rows, buffer[: rows.stop - rows.start, :vocab_size])
 
 
 def _number(vector: Tensor | None) -> Tensor | None:
@@ -301,13 +296,13 @@ def linear_sample_negatives(
     if len(hidden) == 0:
         return targets.new_empty(0, sum(options[1]))
     head = Head(weight, bias, logit_scale, logit_softcap)
-    copy = hidden.new_empty(CHUNK_ROWS, len(weight), dtype=torch.float32)
+    copy = copy_buffer(hidden, CHUNK_ROWS, len(weight))
 
     def blocks() -> Iterator[tuple[slice, Tensor]]:
         for chunk in _chunks(len(hidden), CHUNK_ROWS):
-            scan(hidden[chunk], head, copy=copy[: chunk.stop - chunk.start])
+            scan(hidden[chunk], head, copy=copy)
             for rows in _chunks(chunk.stop - chunk.start, reference.ROW_BLOCK):
-                block = copy[rows.start : rows.start + reference.ROW_BLOCK]  # the last rows are padding of any value
+                block = copy[rows.start : rows.start + reference.ROW_BLOCK, : len(weight)]
                 yield slice(chunk.start + rows.start, chunk.start + rows.stop), block
 
     return reference.sample_blocks(blocks(), targets, int(seed), *options)

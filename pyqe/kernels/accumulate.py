@@ -28,7 +28,7 @@ _FAR = tl.constexpr(-1e15)
 
 
 @triton.jit
-def fold_best(z, ids, best, best_id):  # type: ignore[no-untyped-def]
+def fold_best(z, ids, best, best_id):
     """Best logit of each row and the lowest id that has it, after one more tile with higher ids; NaN is passed over."""
     tile_best = tl.max(z, 1)
     tile_id = tl.min(tl.where(z == tile_best[:, None], ids, NOWHERE), 1)
@@ -36,14 +36,16 @@ def fold_best(z, ids, best, best_id):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _relative(z, old_best, best):  # type: ignore[no-untyped-def]
+def _relative(z, old_best, best):
     """Logits, and the old best one, relative to the best one."""
     reference = tl.maximum(best, _LOWEST)
     return z - reference[:, None], tl.maximum(old_best, _LOWEST) - reference
 
 
 @triton.jit
-def fold_softmax(z, old_best, best, total, weighted, tempered, tempered_scale, ENTROPY: tl.constexpr, TEMPERED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+def fold_softmax(
+    z, old_best, best, total, weighted, tempered, tempered_scale, ENTROPY: tl.constexpr, TEMPERED: tl.constexpr
+):
     """Sums after one more tile; ``best`` has seen it, ``old_best`` has not; tempered_scale is log2(e) / T."""
     d, shift = _relative(z, old_best, best)
     e = tl.exp2(d * LOG2E)
@@ -56,7 +58,20 @@ def fold_softmax(z, old_best, best, total, weighted, tempered, tempered_scale, E
 
 
 @triton.jit
-def merge_softmax(bests, totals, weighteds, tempereds, old_best, best, total, weighted, tempered, tempered_scale, ENTROPY: tl.constexpr, TEMPERED: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+def merge_softmax(
+    bests,
+    totals,
+    weighteds,
+    tempereds,
+    old_best,
+    best,
+    total,
+    weighted,
+    tempered,
+    tempered_scale,
+    ENTROPY: tl.constexpr,
+    TEMPERED: tl.constexpr,
+):
     """The same with a tile [rows, parts] of sums, each relative to its own best logit."""
     d, shift = _relative(tl.maximum(bests, _LOWEST), old_best, best)
     e = tl.exp2(d * LOG2E)
@@ -71,13 +86,13 @@ def merge_softmax(bests, totals, weighteds, tempereds, old_best, best, total, we
 
 
 @triton.jit
-def _share(part, whole):  # type: ignore[no-untyped-def]
+def _share(part, whole):
     """part / whole; 0 where the whole is 0 or NaN."""
     return tl.where(whole > 0, part / tl.where(whole > 0, whole, 1.0), 0.0)
 
 
 @triton.jit
-def _join_moments(total, mean, spread, tile_total, tile_mean, tile_spread):  # type: ignore[no-untyped-def]
+def _join_moments(total, mean, spread, tile_total, tile_mean, tile_spread):
     joined = total + tile_total
     difference = tile_mean - mean
     spread += tile_spread + difference * difference * total * _share(tile_total, joined)
@@ -85,22 +100,29 @@ def _join_moments(total, mean, spread, tile_total, tile_mean, tile_spread):  # t
 
 
 @triton.jit
-def fold_moments(z, old_best, best, total, mean, spread, power):  # type: ignore[no-untyped-def]
+def moments_power(slope):
+    """|beta| for powers of 2; not quite 0, at which a logit of minus infinity would lose its weight of zero."""
+    return tl.maximum(tl.abs(slope), 1e-37) * LOG2E
+
+
+@triton.jit
+def fold_moments(z, old_best, best, total, mean, spread, power):
     """Moments after one more tile; power is log2(e) |beta|."""
     d, shift = _relative(z, old_best, best)
     e = tl.exp2(d * power)
     d = tl.maximum(d, _FAR)
     tile_total = tl.sum(e, 1)
     tile_mean = _share(tl.sum(d * e, 1), tile_total)
-    deviation = d - tile_mean[:, None]
-    tile_spread = tl.sum(deviation * deviation * e, 1)
+    # In these words, or the compiler keeps all d and e of the tile in registers from above.
+    deviation = tl.maximum(z - (tl.maximum(best, _LOWEST) + tile_mean)[:, None], _FAR)
+    tile_spread = tl.sum(deviation * deviation * tl.exp2((deviation + tile_mean[:, None]) * power), 1)
     carry = tl.exp2(shift * power)
     mean += tl.maximum(shift, _FAR)
     return _join_moments(total * carry, mean, spread * carry, tile_total, tile_mean, tile_spread)
 
 
 @triton.jit
-def merge_moments(bests, totals, means, spreads, old_best, best, total, mean, spread, power):  # type: ignore[no-untyped-def]  # noqa: E501
+def merge_moments(bests, totals, means, spreads, old_best, best, total, mean, spread, power):
     """The same with a tile [rows, parts] of moments, each relative to its own best logit."""
     d, shift = _relative(tl.maximum(bests, _LOWEST), old_best, best)
     e = tl.exp2(d * power)
@@ -115,7 +137,7 @@ def merge_moments(bests, totals, means, spreads, old_best, best, total, mean, sp
 
 
 @triton.jit
-def fold_soft_labels(z, labels, old_best, best, target, mass):  # type: ignore[no-untyped-def]
+def fold_soft_labels(z, labels, old_best, best, target, mass):
     """Sum of label * (z - best), and of the labels, after one more tile; a label of 0 ignores its logit."""
     d, shift = _relative(z, old_best, best)
     target += tl.where(mass == 0, 0.0, shift * mass) + tl.sum(tl.where(labels == 0, 0.0, labels * d), 1)
@@ -123,14 +145,14 @@ def fold_soft_labels(z, labels, old_best, best, target, mass):  # type: ignore[n
 
 
 @triton.jit
-def merge_soft_labels(bests, targets, masses, old_best, best, target, mass):  # type: ignore[no-untyped-def]
+def merge_soft_labels(bests, targets, masses, old_best, best, target, mass):
     d, shift = _relative(tl.maximum(bests, _LOWEST), old_best, best)
     target += tl.where(mass == 0, 0.0, shift * mass) + tl.sum(targets + tl.where(masses == 0, 0.0, d * masses), 1)
     return target, mass + tl.sum(masses, 1)
 
 
 @triton.jit
-def fold_sigmoid(z, total, above, threshold, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+def fold_sigmoid(z, total, above, threshold, COUNT: tl.constexpr):
     """Sum of sigmoid(z), and number of z above the threshold, after one more tile."""
     if COUNT:
         above += tl.sum((z > threshold).to(tl.int32), 1)

@@ -1,4 +1,4 @@
-"""What all kernel files share: block sizes by device, how precise float32 products are, operands for the interpreter."""
+"""What all kernel files share: block sizes by device, precision of float32 products, operands for the interpreter."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def product_kind(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def operand(block):  # type: ignore[no-untyped-def]
+def operand(block):
     """A block as ``tl.dot`` may take it: the interpreter's arithmetic in bf16 is wrong, so float32 there."""
     if _INTERPRETED:
         return block.to(tl.float32)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyqe.kernels.accumulate import LOG2E, fold_best, merge_moments, merge_soft_labels, merge_softmax
+from pyqe.kernels.accumulate import LOG2E, fold_best, merge_moments, merge_soft_labels, merge_softmax, moments_power
 from pyqe.kernels.common import UNFUSED, Config
 from pyqe.kernels.results import MomentRows, SigmoidRows, SoftmaxRows
 
@@ -17,21 +17,21 @@ CONFIG = Config({"ROWS": 16, "PARTS": 128}, num_warps=4)
 
 
 @triton.jit
-def _slot(partials, slot, parts, rows, n_parts, n_rows, missing):  # type: ignore[no-untyped-def]
+def _slot(partials, slot, parts, rows, n_parts, n_rows, missing):
     """A tile [rows, parts] of one slot."""
     place = (slot * n_parts + parts[None, :]).to(tl.int64) * n_rows + rows[:, None]
     return tl.load(partials + place, mask=(parts < n_parts)[None, :] & (rows < n_rows)[:, None], other=missing)
 
 
 @triton.jit
-def _integers(tile):  # type: ignore[no-untyped-def]
+def _integers(tile):
     return tile.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _finish_tokens(
     valid, rows, row_mask, vocab_size, ids, ids_stride, n_ids, caught, logits, logits_stride
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """NaN for ids out of range and rows that are not valid; logits that exist already are looked up."""
     for k in range(n_ids):
         wanted = tl.load(ids + rows.to(tl.int64) * ids_stride + k, mask=row_mask, other=-1)
@@ -50,7 +50,7 @@ def softmax_kernel(
     ids, caught, logits,  # [N, n_ids], [N, n_ids], [N, V] or None
     n_rows, n_parts, vocab_size, n_ids, ids_stride, logits_stride, temperature,
     ENTROPY: tl.constexpr, TEMPERED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
     best, best_id = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.int32)
@@ -94,7 +94,7 @@ def sigmoid_kernel(
     ids, caught, logits,  # [N, n_ids], [N, n_ids], [N, V] or None
     n_rows, n_parts, vocab_size, n_ids, ids_stride, logits_stride,
     COUNT: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
     best, best_id = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.int32)
@@ -117,7 +117,7 @@ def sigmoid_kernel(
 
 
 @triton.jit
-def _label_logit(label, rows, vocab_size, caught, logits, logits_stride, slope):  # type: ignore[no-untyped-def]
+def _label_logit(label, rows, vocab_size, caught, logits, logits_stride, slope):
     """The label's logit, its sign as the accumulators have it; NaN for a label out of range."""
     inside = (label >= 0) & (label < vocab_size)
     if logits is None:
@@ -134,12 +134,12 @@ def moments_kernel(
     labels, caught, logits,  # [N, 1] or None, [N, 1] or None, [N, V] or None
     beta, n_rows, n_parts, vocab_size, labels_stride, logits_stride,
     ROWS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """NLL of each row under softmax(beta z) and its derivatives in beta; for negative beta the sums are of -z."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
     slope = tl.load(beta)
-    power = tl.maximum(tl.abs(slope), 1e-37) * LOG2E
+    power = moments_power(slope)
     best, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     mean, spread, target, mass = total, total, total, total
     for start in range(0, n_parts, PARTS):

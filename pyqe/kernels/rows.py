@@ -18,6 +18,7 @@ from pyqe.kernels.accumulate import (
     fold_sigmoid,
     fold_soft_labels,
     fold_softmax,
+    moments_power,
 )
 from pyqe.kernels.common import INTERPRETED, UNFUSED, Config
 from pyqe.kernels.merge import finish_moments, finish_sigmoid, finish_softmax
@@ -35,7 +36,7 @@ def rows_kernel(
     SOFTMAX: tl.constexpr, ENTROPY: tl.constexpr, TEMPERED: tl.constexpr, MOMENTS: tl.constexpr,
     SIGMOID: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     part = tl.program_id(0) % n_parts
     rows = (tl.program_id(0) // n_parts) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < n_rows
@@ -45,7 +46,7 @@ def rows_kernel(
     weighted, tempered, target, mass = total, total, total, total
     if MOMENTS:
         slope = tl.load(beta)
-        power = tl.maximum(tl.abs(slope), 1e-37) * LOG2E  # at 0, minus infinity is to keep its weight of zero
+        power = moments_power(slope)
     for tile in range(TILES):
         columns = first + tile * BLOCK_V + tl.arange(0, BLOCK_V)
         inside = row_mask[:, None] & (columns < vocab_size)[None, :]
@@ -130,7 +131,7 @@ def reduce_rows(
 
 
 @triton.jit(do_not_specialize=["vocab_size"])
-def keys_kernel(logits, keys, vocab_size, logits_stride, BLOCK_V: tl.constexpr):  # type: ignore[no-untyped-def]
+def keys_kernel(logits, keys, vocab_size, logits_stride, BLOCK_V: tl.constexpr):
     """Integers in the order of the logits; of equal ones the lower id is the greater."""
     row = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)

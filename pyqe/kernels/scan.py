@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyqe.kernels.accumulate import LOG2E, fold_best, fold_moments, fold_sigmoid, fold_softmax
-from pyqe.kernels.common import UNFUSED, config_for, contiguous_rows, input_precision, operand, product_kind
+from pyqe.kernels.accumulate import LOG2E, fold_best, fold_moments, fold_sigmoid, fold_softmax, moments_power
+from pyqe.kernels.common import UNFUSED, config_for, input_precision, operand, product_kind
 from pyqe.kernels.merge import finish_moments, finish_sigmoid, finish_softmax
 from pyqe.kernels.results import MomentRows, SigmoidRows, SoftmaxRows
 
@@ -33,7 +33,7 @@ def _product(
     hidden, weight, rows, columns, dim, hidden_stride, weight_stride,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """Dot products [BLOCK_N, BLOCK_V] of the given rows of hidden and weight, in float32."""
     place = tl.arange(0, BLOCK_D)
     hidden += rows.to(tl.int64)[:, None] * hidden_stride + place[None, :]
@@ -52,13 +52,13 @@ def _product(
 
 
 @triton.jit
-def _leading_bits(x):  # type: ignore[no-untyped-def]
+def _leading_bits(x):
     """The part of a float32 number that tf32 holds."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _add_low_rank(y, projected, factors, rows, columns, rank):  # type: ignore[no-untyped-def]
+def _add_low_rank(y, projected, factors, rows, columns, rank):
     """Add ``projected @ factors.T``, with 21 bits of precision from three tf32 products.
 
     They accumulate in y's own registers; an exact float32 product would need as many again.
@@ -78,7 +78,7 @@ def _add_low_rank(y, projected, factors, rows, columns, rank):  # type: ignore[n
 
 
 @triton.jit
-def _cap(z, softcap):  # type: ignore[no-untyped-def]
+def _cap(z, softcap):
     """``softcap * tanh(z / softcap)``, off by up to 1e-7 softcap: there is no tanh that the interpreter knows too."""
     t = tl.exp2(tl.abs(z) * (-2 * LOG2E / softcap))
     tanh = (1.0 - t) / (1.0 + t)
@@ -86,7 +86,7 @@ def _cap(z, softcap):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _catch(z, start, ids, ids_stride, n_ids, caught, rows, row_mask, BLOCK_V: tl.constexpr):  # type: ignore[no-untyped-def]
+def _catch(z, start, ids, ids_stride, n_ids, caught, rows, row_mask, BLOCK_V: tl.constexpr):
     """Write the logits of the rows' tokens that lie in this tile; most tiles have none, which costs a look."""
     column = tl.arange(0, BLOCK_V)
     for k in range(n_ids):
@@ -99,9 +99,22 @@ def _catch(z, start, ids, ids_stride, n_ids, caught, rows, row_mask, BLOCK_V: tl
 
 
 @triton.jit
-def _copy_tile(z, copy, rows, columns, row_mask, vocab_size):  # type: ignore[no-untyped-def]
-    place = copy + rows.to(tl.int64)[:, None] * vocab_size + columns[None, :]
-    tl.store(place, z, mask=row_mask[:, None] & (columns < vocab_size)[None, :])
+def _copy_tile(z, copy, copy_stride, rows, columns):
+    """Without masks, which would cost a register each: the copy is as large as whole tiles."""
+    tl.store(copy + rows.to(tl.int64)[:, None] * copy_stride + columns[None, :], z)
+
+
+@triton.jit
+def _end_of_vocabulary(z, columns, start, vocab_size, BLOCK_V: tl.constexpr):
+    """Minus infinity past the last token; only the last tile looks."""
+    if start + BLOCK_V > vocab_size:
+        z = tl.where((columns < vocab_size)[None, :], z, float("-inf"))
+    return z
+
+
+@triton.jit
+def _by_token(vector, columns, vocab_size):
+    return tl.load(vector + columns, mask=columns < vocab_size, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=["n_rows", "vocab_size", "n_ids", "n_token_ids", "rank", "n_ranges"])
@@ -113,13 +126,13 @@ def scan_kernel(
     copy, head_copy,  # [N, V], float32
     partials, head_partials,  # [slots, n_ranges, N]
     beta,  # one float32 number
-    n_rows, dim, vocab_size, n_ids, n_token_ids, rank, n_ranges, hidden_stride, weight_stride, ids_stride,
+    n_rows, dim, vocab_size, n_ids, n_token_ids, rank, n_ranges, hidden_stride, weight_stride, ids_stride, copy_stride,
     logit_scale, softcap, tempered_scale, threshold,
     SOFTMAX: tl.constexpr, ENTROPY: tl.constexpr, TEMPERED: tl.constexpr, MOMENTS: tl.constexpr,
     SIGMOID: tl.constexpr, COUNT: tl.constexpr, CAPPED: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     n_row_blocks = tl.cdiv(n_rows, BLOCK_N)
     part = tl.program_id(0) // n_row_blocks
     rows = (tl.program_id(0) % n_row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -131,13 +144,6 @@ def scan_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     weighted, tempered = total, total
     head_best, head_best_id, head_total, above = best, best_id, total, tl.zeros([BLOCK_N], tl.int32)
-    if MOMENTS:
-        slope = tl.load(beta)
-        power = tl.maximum(tl.abs(slope), 1e-37) * LOG2E  # at 0, minus infinity is to keep its weight of zero
-    if row_scale is not None:
-        scales = tl.load(row_scale + near_rows)
-    if row_shift is not None:
-        shifts = tl.load(row_shift + near_rows)
 
     for tile in range(tl.minimum(TILES, tl.cdiv(vocab_size - first, BLOCK_V))):
         start = first + tile * BLOCK_V
@@ -147,45 +153,45 @@ def scan_kernel(
             hidden, weight, near_rows, near_columns, dim, hidden_stride, weight_stride,
             BLOCK_N, BLOCK_V, BLOCK_D, WHOLE_BLOCKS, PRECISION,
         )  # fmt: skip
-        inside = (columns < vocab_size)[None, :]
         if SOFTMAX or MOMENTS or copy is not None:
             if bias is not None:
-                z += tl.load(bias + near_columns).to(tl.float32)[None, :]
+                z += _by_token(bias, columns, vocab_size)
             z *= logit_scale
             if CAPPED:
                 z = _cap(z, softcap)
         if SOFTMAX:
-            z = tl.where(inside, z, float("-inf"))
+            z = _end_of_vocabulary(z, columns, start, vocab_size, BLOCK_V)
             old_best = best
             best, best_id = fold_best(z, columns[None, :], best, best_id)
             total, weighted, tempered = fold_softmax(
                 z, old_best, best, total, weighted, tempered, tempered_scale, ENTROPY, TEMPERED
             )
         if MOMENTS:
+            slope = tl.load(beta)
             z = tl.where(z == float("inf"), float("nan"), z)
-            z = tl.where(inside, tl.where(slope < 0, -z, z), float("-inf"))
+            z = _end_of_vocabulary(tl.where(slope < 0, -z, z), columns, start, vocab_size, BLOCK_V)
             old_best = best
             best = tl.maximum(best, tl.max(z, 1))
-            total, weighted, tempered = fold_moments(z, old_best, best, total, weighted, tempered, power)
+            total, weighted, tempered = fold_moments(z, old_best, best, total, weighted, tempered, moments_power(slope))
         if SOFTMAX or MOMENTS:
             _catch(z, start, ids, ids_stride, n_ids, caught, rows, row_mask, BLOCK_V)
         if copy is not None:
-            _copy_tile(z, copy, rows, columns, row_mask, vocab_size)
+            _copy_tile(z, copy, copy_stride, rows, columns)
         if SIGMOID:
             if row_scale is not None:
-                z *= scales[:, None]
+                z *= tl.load(row_scale + near_rows)[:, None]
             if token_bias is not None:
-                z += tl.load(token_bias + near_columns).to(tl.float32)[None, :]
+                z += _by_token(token_bias, columns, vocab_size)
             if row_shift is not None:
-                z += shifts[:, None]
+                z += tl.load(row_shift + near_rows)[:, None]
             if projected is not None:
                 z = _add_low_rank(z, projected, factors, near_rows, near_columns, rank)
-            z = tl.where(inside, z, float("-inf"))
+            z = _end_of_vocabulary(z, columns, start, vocab_size, BLOCK_V)
             head_best, head_best_id = fold_best(z, columns[None, :], head_best, head_best_id)
             head_total, above = fold_sigmoid(z, head_total, above, threshold, COUNT)
             _catch(z, start, ids, ids_stride, n_token_ids, head_caught, rows, row_mask, BLOCK_V)
             if head_copy is not None:
-                _copy_tile(z, head_copy, rows, columns, row_mask, vocab_size)
+                _copy_tile(z, head_copy, copy_stride, rows, columns)
 
     plane = n_ranges.to(tl.int64) * n_rows
     place = part.to(tl.int64) * n_rows + rows
@@ -225,8 +231,20 @@ class Head:
     factors: Tensor | None = None  # [V, rank]
 
     def rows(self, rows: slice) -> Head:
-        by_row = {"row_scale": self.row_scale, "row_shift": self.row_shift, "projected": self.projected}
-        return replace(self, **{name: term[rows] for name, term in by_row.items() if term is not None})
+        def part(term: Tensor | None) -> Tensor | None:
+            return None if term is None else term[rows]
+
+        by_row = part(self.row_scale), part(self.row_shift), part(self.projected)
+        return replace(self, row_scale=by_row[0], row_shift=by_row[1], projected=by_row[2])
+
+
+def copy_buffer(like: Tensor, n: int, vocab_size: int) -> Tensor:
+    """Float32 buffer for the logits of up to n rows, in whole tiles: rows and columns past the end hold anything."""
+    blocks = config_for("scan", like).blocks
+    rows, width = (
+        triton.cdiv(size, blocks[name]) * blocks[name] for size, name in ((n, "BLOCK_N"), (vocab_size, "BLOCK_V"))
+    )
+    return like.new_empty(rows, width, dtype=torch.float32)
 
 
 def scan(
@@ -247,27 +265,28 @@ def scan(
         softmax, moments: of z; at most one of them.
         sigmoid: of y. Its ids are the first columns of those of ``softmax``, if both are there.
         beta: a number in float32, for ``moments``.
-        copy, head_copy: take z and y, [N, V] in float32: the very numbers that the statistics are of.
+        copy, head_copy: take z and y, the very numbers that the statistics are of; see :func:`copy_buffer`.
     """
     n, dim = hidden.shape
     vocab_size = head.weight.shape[0]
     config, product = config_for("scan", hidden), product_kind(hidden.dtype)
     n_ranges = triton.cdiv(vocab_size, config.blocks["BLOCK_V"] * config.blocks["TILES"])
-
-    def partials(of: SoftmaxRows | SigmoidRows | MomentRows | None) -> Tensor | None:
-        return None if of is None else hidden.new_empty(of.slots, n_ranges, n, dtype=torch.float32)
-
     of_lm = moments or softmax
-    tokens = of_lm or sigmoid
-    lm_partials, head_partials = partials(of_lm), partials(sigmoid)
+    tokens, copied = of_lm or sigmoid, copy if head_copy is None else head_copy
+    lm_partials, head_partials = (
+        None if asked is None else hidden.new_empty(asked.slots, n_ranges, n, dtype=torch.float32)
+        for asked in (of_lm, sigmoid)
+    )
     scan_kernel[(triton.cdiv(n, config.blocks["BLOCK_N"]) * n_ranges,)](
         hidden, head.weight, head.bias,
         head.row_scale, head.row_shift, head.token_bias, head.projected, head.factors,
-        tokens.ids if tokens else None, of_lm.token_logits if of_lm else None, sigmoid.token_logits if sigmoid else None,
+        tokens.ids if tokens else None,
+        of_lm.token_logits if of_lm else None, sigmoid.token_logits if sigmoid else None,
         copy, head_copy, lm_partials, head_partials, beta,
         n, dim, vocab_size, of_lm.n_ids if of_lm else 0, sigmoid.n_ids if sigmoid else 0,
         0 if head.factors is None else head.factors.shape[1], n_ranges,
         hidden.stride(0), head.weight.stride(0), tokens.ids_stride if tokens else 0,
+        0 if copied is None else copied.stride(0),
         head.logit_scale, head.softcap or 1.0, LOG2E.value / (softmax.temperature if softmax else 1.0),
         sigmoid.threshold if sigmoid else 0.0,
         SOFTMAX=softmax is not None, ENTROPY=softmax is not None and softmax.entropy is not None,
@@ -277,9 +296,9 @@ def scan(
         WHOLE_BLOCKS=dim % config.blocks["BLOCK_D"] == 0, PRECISION=input_precision(product),
         **config.options, **UNFUSED,
     )  # fmt: skip
-    if softmax:
+    if softmax and lm_partials is not None:
         finish_softmax(lm_partials, softmax, vocab_size)
-    if moments:
+    if moments and lm_partials is not None and beta is not None:
         finish_moments(lm_partials, moments, beta, vocab_size)
-    if sigmoid:
+    if sigmoid and head_partials is not None:
         finish_sigmoid(head_partials, sigmoid, vocab_size)
