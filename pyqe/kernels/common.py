@@ -99,7 +99,30 @@ def operand(block):
 
 
 @triton.jit
-def narrowed(block, like):  # type: ignore[no-untyped-def]
+def product(
+    hidden, weight, rows, columns, dim, hidden_stride, weight_stride,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Dot products [BLOCK_N, BLOCK_V] of the given rows of hidden and weight, in float32."""
+    place = tl.arange(0, BLOCK_D)
+    hidden += rows.to(tl.int64)[:, None] * hidden_stride + place[None, :]
+    weight += columns.to(tl.int64)[None, :] * weight_stride + place[:, None]
+    dots = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for start in range(0, dim, BLOCK_D):
+        if WHOLE_BLOCKS:
+            h, w = tl.load(hidden), tl.load(weight)
+        else:
+            h = tl.load(hidden, mask=place[None, :] < dim - start, other=0.0)
+            w = tl.load(weight, mask=place[:, None] < dim - start, other=0.0)
+        dots = tl.dot(operand(h), operand(w), dots, input_precision=PRECISION)
+        hidden += BLOCK_D
+        weight += BLOCK_D
+    return dots
+
+
+@triton.jit
+def narrowed(block, like):
     """A float32 block in the dtype that the pointer ``like`` points to; the interpreter would not round to bf16."""
     if _INTERPRETED and like.dtype.element_ty == tl.bfloat16:
         bits = block.to(tl.int32, bitcast=True)

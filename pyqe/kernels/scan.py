@@ -21,34 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from pyqe.kernels.accumulate import LOG2E, fold_best, fold_moments, fold_sigmoid, fold_softmax, moments_power
-from pyqe.kernels.common import UNFUSED, config_for, input_precision, operand, product_kind
+from pyqe.kernels.common import UNFUSED, config_for, input_precision, product, product_kind
 from pyqe.kernels.merge import finish_moments, finish_sigmoid, finish_softmax
 from pyqe.kernels.results import MomentRows, SigmoidRows, SoftmaxRows
 
 _RANK_BLOCK = tl.constexpr(16)  # the narrowest product of tensor cores in all dtypes
-
-
-@triton.jit
-def _product(
-    hidden, weight, rows, columns, dim, hidden_stride, weight_stride,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Dot products [BLOCK_N, BLOCK_V] of the given rows of hidden and weight, in float32."""
-    place = tl.arange(0, BLOCK_D)
-    hidden += rows.to(tl.int64)[:, None] * hidden_stride + place[None, :]
-    weight += columns.to(tl.int64)[None, :] * weight_stride + place[:, None]
-    dots = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for start in range(0, dim, BLOCK_D):
-        if WHOLE_BLOCKS:
-            h, w = tl.load(hidden), tl.load(weight)
-        else:
-            h = tl.load(hidden, mask=place[None, :] < dim - start, other=0.0)
-            w = tl.load(weight, mask=place[:, None] < dim - start, other=0.0)
-        dots = tl.dot(operand(h), operand(w), dots, input_precision=PRECISION)
-        hidden += BLOCK_D
-        weight += BLOCK_D
-    return dots
 
 
 @triton.jit
@@ -149,7 +126,7 @@ def scan_kernel(
         start = first + tile * BLOCK_V
         columns = start + tl.arange(0, BLOCK_V)
         near_columns = tl.minimum(columns, vocab_size - 1)
-        z = _product(
+        z = product(
             hidden, weight, near_rows, near_columns, dim, hidden_stride, weight_stride,
             BLOCK_N, BLOCK_V, BLOCK_D, WHOLE_BLOCKS, PRECISION,
         )  # fmt: skip

@@ -20,14 +20,14 @@ _LANES = 8192  # float32 accumulators of a program: 64 registers a thread
 _MAX_ROWS = 16
 
 
-def _tile(gathered: int, dim: int) -> dict[str, int]:
+def tile_sizes(gathered: int, dim: int) -> dict[str, int]:
     """Rows and columns of a program's tile where so many rows are summed or multiplied at a time."""
     rows = min(triton.next_power_of_2(max(gathered, 1)), _MAX_ROWS)
     return {"BLOCK_K": rows, "BLOCK_D": min(triton.next_power_of_2(dim), _LANES // rows, 1024)}
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def forward_kernel(
     hidden,  # [N, D]
     weight,  # [V, D]
     bias,  # [V] or None
@@ -59,7 +59,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _grad_hidden(  # type: ignore[no-untyped-def]
+def grad_hidden_kernel(
     grad,  # [N, K] float32
     weight,  # [V, D]
     token_ids,  # [N, K]
@@ -87,7 +87,7 @@ def _grad_hidden(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_rows"])
-def _grad_rows(  # type: ignore[no-untyped-def]
+def add_pairs_kernel(
     grad,  # [N * K] float32
     hidden,  # [N, D]
     tokens,  # [P] sorted; negative ones are padding
@@ -131,9 +131,9 @@ def token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor
     (n, k), (vocab_size, dim) = token_ids.shape, weight.shape
     out = torch.empty(n, k, dtype=torch.float32, device=hidden.device)
     if out.numel():
-        tile = _tile(k, dim)
+        tile = tile_sizes(k, dim)
         strides = hidden.stride(0), weight.stride(0)
-        _forward[n, triton.cdiv(k, tile["BLOCK_K"])](
+        forward_kernel[n, triton.cdiv(k, tile["BLOCK_K"])](
             hidden, weight, bias, token_ids.contiguous(), out, k, dim, vocab_size, *strides, **tile, **FUSED
         )
     return out
@@ -144,8 +144,8 @@ def grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     (n, k), (vocab_size, dim) = token_ids.shape, weight.shape
     out = torch.empty(n, dim, dtype=weight.dtype, device=weight.device)
     if out.numel():
-        tile = _tile(k, dim)
-        _grad_hidden[n, triton.cdiv(dim, tile["BLOCK_D"])](
+        tile = tile_sizes(k, dim)
+        grad_hidden_kernel[n, triton.cdiv(dim, tile["BLOCK_D"])](
             grad, weight, token_ids.contiguous(), out, k, dim, vocab_size, weight.stride(0), **tile, **FUSED
         )
     return out
@@ -164,8 +164,8 @@ def add_pairs(grad: Tensor, hidden: Tensor, tokens: Tensor, pairs: Tensor, out_r
     """
     if tokens.numel() and out.numel():
         dim = hidden.shape[1]
-        tile = _tile(_MAX_ROWS, dim)
+        tile = tile_sizes(_MAX_ROWS, dim)
         sizes = len(tokens), len(out), grad.shape[1], dim, hidden.stride(0)
-        _grad_rows[len(tokens), triton.cdiv(dim, tile["BLOCK_D"])](
+        add_pairs_kernel[len(tokens), triton.cdiv(dim, tile["BLOCK_D"])](
             grad, hidden, tokens, pairs, out_rows, out, *sizes, **tile, **FUSED
         )

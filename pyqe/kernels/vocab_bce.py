@@ -19,13 +19,23 @@ widths depends on the number of rows, so a row's loss and gradient are the same 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyqe.kernels.common import FUSED, INTERPRETED, config_for, input_precision, narrowed, operand, product_kind
+from pyqe.kernels.common import (
+    FUSED,
+    INTERPRETED,
+    config_for,
+    input_precision,
+    narrowed,
+    operand,
+    product,
+    product_kind,
+)
 
 CHUNK = 256 if INTERPRETED else 2048  # tokens whose part of grad_hidden is summed before it is added to the others'
 FULL_ROWS = 256 if INTERPRETED else 4096  # chunks are wider where there are fewer rows
@@ -38,7 +48,7 @@ _BORROWED_SHARE = 8  # an eighth of grad_weight at most is lent to grad_hidden's
 
 
 @triton.jit
-def softplus_and_slope(x):  # type: ignore[no-untyped-def]
+def softplus_and_slope(x):
     """``log(1 + e^x)`` and its derivative, the sigmoid of x, to a few units in the last place for any x.
 
     e^-|x| is e^r 2^k, as ``tl.exp`` is off by 4e-8 |x|. log1p is a polynomial (the CPU kernels'), as the rounded
@@ -62,50 +72,27 @@ def softplus_and_slope(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _dots(
-    hidden, weight, rows, columns, dim, hidden_stride, weight_stride,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
-    place = tl.arange(0, BLOCK_D)
-    hidden += rows.to(tl.int64)[:, None] * hidden_stride + place[None, :]
-    weight += columns.to(tl.int64)[None, :] * weight_stride + place[:, None]
-    dots = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for start in range(0, dim, BLOCK_D):
-        if WHOLE_BLOCKS:
-            h, w = tl.load(hidden), tl.load(weight)
-        else:
-            h = tl.load(hidden, mask=place[None, :] < dim - start, other=0.0)
-            w = tl.load(weight, mask=place[:, None] < dim - start, other=0.0)
-        dots = tl.dot(operand(h), operand(w), dots, input_precision=PRECISION)
-        hidden += BLOCK_D
-        weight += BLOCK_D
-    return dots
-
-
-@triton.jit
-def _halves(block):  # type: ignore[no-untyped-def]
+def _halves(block):
     return block.reshape(block.shape[0], 2, block.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
-def _slices(block, SLICES: tl.constexpr):  # type: ignore[no-untyped-def]
+def _slices(block, SLICES: tl.constexpr):
     """The block in 1, 2 or 4 blocks of adjoining columns; each thread keeps the elements that it holds."""
     tl.static_assert(SLICES == 1 or SLICES == 2 or SLICES == 4)
-    if SLICES == 1:
-        return (block,)
-    else:  # noqa: RET505: Triton compiles what comes after an if, whatever was returned in it
-        first, second = _halves(block)
-        if SLICES == 2:
-            return first, second
-        else:  # noqa: RET505
-            a, b = _halves(first)
-            c, d = _halves(second)
-            return a, b, c, d
+    if SLICES > 1:
+        parts = _halves(block)
+        if SLICES == 4:
+            a, b = _halves(parts[0])
+            c, d = _halves(parts[1])
+            parts = (a, b, c, d)
+    else:
+        parts = (block,)
+    return parts
 
 
 @triton.jit
-def _count_below(excluded, n_excluded, first_step, token, zero):  # type: ignore[no-untyped-def]
+def _count_below(excluded, n_excluded, first_step, token, zero):
     """How many of each row's sorted ids are less than ``token``, by bisection; ``zero`` is int32 [rows]."""
     count = zero
     step = first_step
@@ -127,7 +114,7 @@ def gradient_kernel(
     n_rows, dim, start, vocab_size, n_excluded, first_step, hidden_stride, weight_stride, chunk, pos_weight,
     SUM_SLOPE: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """Losses and G of one tile of the chunk that begins at token ``start``.
 
     After the product, the tile goes on in slices: z, its exponential, loss and g of all of it would not fit into
@@ -141,7 +128,7 @@ def gradient_kernel(
     near_rows = tl.minimum(rows, n_rows - 1)  # rows and tokens past the end repeat the last: loads need no mask
     first = start + tile * BLOCK_V
     near_columns = tl.minimum(first + tl.arange(0, BLOCK_V), vocab_size - 1)
-    dots = _dots(
+    dots = product(
         hidden, weight, near_rows, near_columns, dim, hidden_stride, weight_stride,
         BLOCK_N, BLOCK_V, BLOCK_D, WHOLE_BLOCKS, PRECISION,
     )  # fmt: skip
@@ -206,7 +193,7 @@ def row_sums_kernel(
     partials,  # [sums, chunk_tiles, N], float32
     sums,  # [sums, N], float64
     n_rows, n_tiles, chunk_tiles, BLOCK_N: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """Add the partial sums of a chunk's tiles to those of the chunks before, tile by tile."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < n_rows
@@ -227,7 +214,7 @@ def product_kernel(
     n_rows, size, n_columns, left_stride, left_inner_stride, right_stride,
     ADD: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """``out = unit * left @ right``, or that added to ``out``."""
     n_row_blocks = tl.cdiv(n_rows, BLOCK_M)
     rows = (tl.program_id(0) % n_row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -368,10 +355,10 @@ class _Chunks:
         assert self.gradient is not None
         out = grad_weight[start : start + self.width]
         left = self.gradient[: len(self.hidden), : len(out)].T
-        if self.rows.unit is not None or INTERPRETED:
-            _multiply(left, self.hidden, out, self.rows.unit, add=False)
-        else:  # the library's product is the faster one, but has no unit
+        if self.rows.unit is None:  # the library's product should be the faster one
             torch.mm(left, self.hidden, out=out)
+        else:
+            _multiply(left, self.hidden, out, self.rows.unit, add=False)
 
     def add_grad_hidden(self, start: int, total: Tensor) -> None:
         """Add the chunk's part of the gradient to ``total``, [N, D] in float32; the first chunk overwrites it."""
@@ -408,12 +395,12 @@ def _chunks(
     padded = max(triton.cdiv(n, whole_rows), 1) * whole_rows
     width = CHUNK * min(max(FULL_ROWS // padded, 1), triton.cdiv(len(weight), CHUNK))
     kinds = 1 + sum_slope + (rows.scale is not None)
-    like = {"dtype": torch.float32, "device": hidden.device}
+    partials = partial(torch.empty, dtype=torch.float32, device=hidden.device)
     return _Chunks(
         hidden, weight, bias, rows, pos_weight, sum_slope, width,
         hidden.new_empty(padded, width) if grads else None,
-        torch.empty(kinds, width // blocks["BLOCK_V"], n, **like),
-        None if bias is None else torch.empty(triton.cdiv(n, blocks["BLOCK_N"]), width, **like),
+        partials((kinds, width // blocks["BLOCK_V"], n)),
+        None if bias is None else partials((triton.cdiv(n, blocks["BLOCK_N"]), width)),
     )  # fmt: skip
 
 
