@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -28,6 +29,7 @@ class Compiled:
     registers: int
     spill_stores: int  # bytes
     spill_loads: int  # bytes
+    spills_in_product: int  # instructions in the first of the innermost loops with a matrix product
     ptx: str
     ttgir: str
 
@@ -67,7 +69,8 @@ def compile_for(
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
     flags = [] if options.get("enable_fp_fusion", True) else ["--fmad=false"]
     resources = _assemble(compiled.asm["ptx"], [get_ptxas(capability).path, "-v", "-lineinfo", *flags])
-    return Compiled(compiled.metadata.shared, *resources, compiled.asm["ptx"], compiled.asm["ttgir"])
+    in_product = _spills_in_first_product(_disassemble(compiled.asm["cubin"]))
+    return Compiled(compiled.metadata.shared, *resources, in_product, compiled.asm["ptx"], compiled.asm["ttgir"])
 
 
 def _assemble(ptx: str, command: list[str]) -> tuple[int, int, int]:
@@ -85,3 +88,29 @@ def _assemble(ptx: str, command: list[str]) -> tuple[int, int, int]:
         raise RuntimeError(f"ptxas: no resources in its report: {report}")
     registers, stores, loads = (int(number.group(1)) for number in numbers if number)
     return registers, stores, loads
+
+
+def _disassemble(cubin: bytes) -> list[tuple[int, str]]:
+    """Addresses and instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-sass", str(binary)]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)
+    return [(int(address, 16), instruction) for address, instruction in found]
+
+
+def _spills_in_first_product(instructions: list[tuple[int, str]]) -> int:
+    """Local loads and stores in the first loop that multiplies on tensor cores and holds no other loop."""
+    loops = []
+    for address, instruction in instructions:
+        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
+        if branch and int(branch.group(1), 16) < address:
+            loops.append((int(branch.group(1), 16), address))
+    for first, last in sorted(loops):
+        body = [instruction for address, instruction in instructions if first <= address <= last]
+        innermost = not any(first <= other[0] and other[1] <= last for other in loops if other != (first, last))
+        if innermost and any(re.search(r"\bH?G?MMA", instruction) for instruction in body):
+            return sum(bool(re.search(r"\b(LDL|STL)\b", instruction)) for instruction in body)
+    return 0
