@@ -240,9 +240,7 @@ def types_of(kernel: Any, floats: str, *, absent: tuple[str, ...] = (), of_input
     types = dict.fromkeys(of_input, f"*{floats}") | NUMBERS
     for name in kernel.arg_names:
         whole = name.startswith(("n_", "first_")) or name.endswith("_stride")
-        kind = (
-            "i32" if whole or name in ("dim", "k", "start", "size", "chunk", "vocab_size", "chunk_tiles") else "*fp32"
-        )
+        kind = "i32" if whole or name in ("dim", "k", "start", "size", "vocab_size", "chunk_tiles") else "*fp32"
         types.setdefault(name, kind)
     return {
         name: kind
@@ -261,6 +259,7 @@ def compile_all(kernel_name: str) -> list[Any]:
 
 def check(kernel: Any, architecture: str, product: str) -> None:
     assert kernel.shared <= SHARED_LIMIT[architecture]
+    assert kernel.spills_in_product == 0
     assert max(kernel.spill_stores, kernel.spill_loads) <= SPILL_BOUND
     if product != "ieee":
         assert ("wgmma.mma_async" if architecture == "sm_90" else "mma.sync") in kernel.ptx

@@ -46,7 +46,7 @@ def compile_for(
     config: Config,
     **options: Any,
 ) -> Compiled:
-    """Compile a kernel as its launcher would for tensors whose addresses and strides are multiples of 16.
+    """Compile a kernel as its launcher would for tensors whose addresses, strides and hidden size are multiples of 16.
 
     Args:
         architecture: "sm_80" or "sm_90".
@@ -61,7 +61,7 @@ def compile_for(
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.endswith("_stride")
+        if kind.startswith("*") or name.endswith("_stride") or name == "dim"
     }
     capability = int(architecture.removeprefix("sm_"))
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **options}

@@ -108,10 +108,10 @@ def gradient_kernel(
     hidden, weight, bias,  # [N, D], [V, D], [V]
     row_scale, row_shift, row_weights, row_factors,  # [N], float32
     targets, excluded,  # [N]; [N, n_excluded], int32, sorted
-    gradient,  # [N, chunk] with memory for N rounded up to BLOCK_N, or None
+    gradient,  # [N, gradient_stride] with memory for N rounded up to BLOCK_N, or None
     row_partials,  # [1 to 3, tiles of a chunk, N], float32: sums of loss, of g, of g times the dot product
-    bias_partials,  # [blocks of rows, chunk], float32
-    n_rows, dim, start, vocab_size, n_excluded, first_step, hidden_stride, weight_stride, chunk, pos_weight,
+    bias_partials,  # [blocks of rows, gradient_stride], float32
+    n_rows, dim, start, vocab_size, n_excluded, first_step, hidden_stride, weight_stride, gradient_stride, pos_weight,
     SUM_SLOPE: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
@@ -144,10 +144,10 @@ def gradient_kernel(
         most = tl.max(high - low, 0)  # rarely more than 2
     if gradient is not None:
         factors = tl.load(row_factors + near_rows)
-        gradient += rows.to(tl.int64)[:, None] * chunk + tile * BLOCK_V
+        gradient += rows.to(tl.int64)[:, None] * gradient_stride + tile * BLOCK_V
     if bias is not None:
         weights = tl.load(row_weights + rows, mask=row_mask, other=0.0)
-        bias_partials += row_block.to(tl.int64) * chunk + tile * BLOCK_V
+        bias_partials += row_block.to(tl.int64) * gradient_stride + tile * BLOCK_V
     loss_sum, slope_sum, dot_sum = (tl.zeros([BLOCK_N], tl.float32),) * 3
 
     parts = _slices(dots, SLICES)
@@ -179,7 +179,7 @@ def gradient_kernel(
         if bias is not None:
             tl.store(bias_partials + place, tl.sum(g * weights[:, None], 0))
 
-    plane = (chunk // BLOCK_V).to(tl.int64) * n_rows
+    plane = (gradient_stride // BLOCK_V).to(tl.int64) * n_rows
     row_partials += tile.to(tl.int64) * n_rows + rows
     tl.store(row_partials, loss_sum, mask=row_mask)
     if SUM_SLOPE:
@@ -208,10 +208,10 @@ def row_sums_kernel(
 @triton.jit(do_not_specialize=["n_rows", "size"])
 def product_kernel(
     left,  # [M, size], with memory for M rounded up to BLOCK_M
-    right,  # [size, columns]
-    out,  # [M, columns], contiguous
+    right,  # [size, D]
+    out,  # [M, D], contiguous
     unit,  # one float32 number, or None for 1
-    n_rows, size, n_columns, left_stride, left_inner_stride, right_stride,
+    n_rows, size, dim, left_stride, left_inner_stride, right_stride,
     ADD: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
@@ -230,15 +230,15 @@ def product_kernel(
         else:
             inside = place < size - start
             a = tl.load(left, mask=inside[None, :], other=0.0)
-            b = tl.load(right, mask=inside[:, None] & (columns < n_columns)[None, :], other=0.0)
+            b = tl.load(right, mask=inside[:, None] & (columns < dim)[None, :], other=0.0)
         total = tl.dot(operand(a), operand(b), total, input_precision=PRECISION)
         left += BLOCK_K * left_inner_stride
         right += BLOCK_K * right_stride
     parts = _slices(total, SLICES)
     for part in tl.static_range(SLICES):
         columns = first_column + part * (BLOCK_D // SLICES) + tl.arange(0, BLOCK_D // SLICES)
-        mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
-        out_place = out + rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+        mask = (rows < n_rows)[:, None] & (columns < dim)[None, :]
+        out_place = out + rows.to(tl.int64)[:, None] * dim + columns[None, :]
         result = parts[part]
         if unit is not None:
             result *= tl.load(unit)
