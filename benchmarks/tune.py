@@ -183,6 +183,7 @@ def main(words: list[str] | None = None) -> int:
                 print(f"tune: {kernel}, {architecture}, {product}: {len(options)} configurations on {workload(kernel)}")
         return 0
     import torch
+
     from pyqe.kernels import common
 
     tune(table, common._architecture_of(torch.device("cuda")), arguments.out)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyqe.backends import cuda_sampling, cuda_statistics, cuda_temperature, cuda_token_logits
-from pyqe.backends.cuda_library import CODES, EMULATOR, library, on_its_device, stream, unavailable
-from pyqe.backends.operands import rows_of
+from pyqe.backends.cuda_library import CODES, EMULATOR, library, stream, unavailable
+from pyqe.backends.operands import on_its_device, rows_of
 
 __all__ = ["DEVICES", "DTYPES", "OPERATIONS", "unavailable"]
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -44,19 +42,6 @@ def unavailable() -> str | None:
 def stream(tensor: Tensor) -> int:
     """torch's current stream on the tensor's device."""
     return 0 if EMULATOR else torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def on_its_device(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """The operation with its first tensor's device as the current one: kernels start on that."""
-
-    @wraps(operation)
-    def run(first: Tensor, *args: Any) -> Any:
-        if EMULATOR or first.device.index == torch.cuda.current_device():
-            return operation(first, *args)
-        with torch.cuda.device(first.device):
-            return operation(first, *args)
-
-    return run
 
 
 def pointer(tensor: Tensor | None) -> int:

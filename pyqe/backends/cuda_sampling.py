@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyqe.backends import reference
-from pyqe.backends.cuda_library import library, on_its_device, pointer, stream
+from pyqe.backends.cuda_library import library, pointer, stream
 from pyqe.backends.cuda_statistics import Rows, dominant_rows, head_blocks
-from pyqe.backends.operands import check_shape, floats, rows_of
+from pyqe.backends.operands import check_shape, floats, on_its_device, rows_of
 from pyqe.backends.sources import Sources
 
 CHUNK = 1024  # rows whose marks and sums of tiles are kept at a time: 21 KB each for 128256 tokens

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pyqe.backends import reference
-from pyqe.backends.cuda_library import CODES, library, on_its_device, pointer, row_pointer, stream
+from pyqe.backends.cuda_library import CODES, library, pointer, row_pointer, stream
 from pyqe.backends.cuda_product import row_chunks
-from pyqe.backends.operands import check_shape, checked_head, floats, row_terms, rows_of
+from pyqe.backends.operands import check_shape, checked_head, floats, on_its_device, row_terms, rows_of
 from pyqe.dominant import DominantRule
 
 _KINDS = {"": 0, "jump": 1, "top_k": 2, "top_p": 3, "min_p": 4, "epsilon": 5, "eta": 6}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pyqe.backends import reference
-from pyqe.backends.cuda_library import CODES, library, on_its_device, stream
+from pyqe.backends.cuda_library import CODES, library, stream
 from pyqe.backends.cuda_statistics import head_blocks
-from pyqe.backends.operands import check_shape, rows_of
+from pyqe.backends.operands import check_shape, on_its_device, rows_of
 
 
 def number_on(device: torch.device, beta: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyqe.backends import reference
-from pyqe.backends.cuda_library import CODES, library, on_its_device, pointer, stream
-from pyqe.backends.operands import check_shape, checked_head, checked_hidden, rows_of, sorted_pairs
+from pyqe.backends.cuda_library import CODES, library, pointer, stream
+from pyqe.backends.operands import check_shape, checked_head, checked_hidden, on_its_device, rows_of, sorted_pairs
 
 
 @on_its_device

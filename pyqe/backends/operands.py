@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def on_its_device(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation with its first tensor's GPU as the current one: kernels start on that."""
+
+    @wraps(operation)
+    def run(first: Tensor, *args: Any) -> Any:
+        if first.device.type == "cpu" or first.device.index == torch.cuda.current_device():
+            return operation(first, *args)
+        with torch.cuda.device(first.device):
+            return operation(first, *args)
+
+    return run
 
 
 def rows_of(matrix: Tensor) -> Tensor:
@@ -20,6 +37,13 @@ def check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
     """Raise ValueError unless the tensor has that shape; None has any."""
     if tensor is not None and tensor.shape != shape:
         raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_rows(n: int, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless each tensor has n rows; None has any."""
+    for name, tensor in tensors.items():
+        if tensor is not None and len(tensor) != n:
+            raise ValueError(f"{name}: expected {n} rows, got {len(tensor)}")
 
 
 def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -97,7 +97,7 @@ def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def _check_optional_ids(vocab_size: int, **ids: Tensor | None) -> None:
+def check_optional_ids(vocab_size: int, **ids: Tensor | None) -> None:
     for name, tensor in ids.items():
         if tensor is not None:
             check_ids(name, tensor, vocab_size)
@@ -174,8 +174,22 @@ def _dominant(logits: Tensor, maximum: Tensor, log_sum: Tensor, rule: DominantRu
     vocab_size = logits.shape[1]
     max_size = rule.max_size(vocab_size)
     sorted_logits, ids = torch.topk(logits, min(max_size + 1, vocab_size), dim=1)
+    entropy = _entropy(logits, maximum, log_sum) if rule.kind == "eta" else None
+    return dominant_of_sorted(sorted_logits, ids, max_size, maximum, log_sum, entropy, rule)
+
+
+def dominant_of_sorted(
+    sorted_logits: Tensor,
+    ids: Tensor,
+    max_size: int,
+    maximum: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    rule: DominantRule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from the M = ``max_size`` greatest logits of each row and one more (or all); "eta" needs the entropy."""
     probs = _logprobs(sorted_logits, maximum, log_sum).exp()
-    rank = torch.arange(1, probs.shape[1] + 1, device=logits.device)
+    rank = torch.arange(1, probs.shape[1] + 1, device=probs.device)
     if rule.kind == "jump":
         rounding = _ROUNDING * torch.finfo(probs.dtype).eps * probs[:, :-1]
         drop = probs[:, :-1] - probs[:, 1:] - rounding  # .01 - .005 must not exceed .005
@@ -191,8 +205,8 @@ def _dominant(logits: Tensor, maximum: Tensor, log_sum: Tensor, rule: DominantRu
         keep = probs > rule.p * probs[:, :1]
     else:
         threshold = torch.full_like(maximum, rule.epsilon)
-        if rule.kind == "eta":
-            threshold = torch.minimum(threshold, rule.epsilon**0.5 * torch.exp(-_entropy(logits, maximum, log_sum)))
+        if entropy is not None:
+            threshold = torch.minimum(threshold, rule.epsilon**0.5 * torch.exp(-entropy))
         keep = probs > threshold[:, None]
     keep = keep & sorted_logits.isneginf().logical_not()  # what cannot come is not dominant
     keep = (keep & ~maximum.isnan()[:, None])[:, :max_size]
@@ -274,7 +288,7 @@ def softmax_stats(
     dominant: str,
 ) -> tuple[Tensor, ...]:
     """Statistics of existing logits [N, V]; see :func:`pyqe.functional.softmax_stats`."""
-    _check_optional_ids(logits.shape[1], token_ids=token_ids, choice_ids=choice_ids)
+    check_optional_ids(logits.shape[1], token_ids=token_ids, choice_ids=choice_ids)
     blocks = ((rows, block.to(compute_dtype(logits))) for rows, block in _blocks(logits))
     return _softmax_blocks(blocks, len(logits), token_ids, choice_ids, top_k, temperature, entropy, dominant)
 
@@ -293,7 +307,7 @@ def linear_softmax_stats(
     dominant: str,
 ) -> tuple[Tensor, ...]:
     """Statistics of ``hidden @ weight.T``; see :func:`pyqe.functional.linear_softmax_stats`."""
-    _check_optional_ids(weight.shape[0], token_ids=token_ids, choice_ids=choice_ids)
+    check_optional_ids(weight.shape[0], token_ids=token_ids, choice_ids=choice_ids)
     blocks = _logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
     return _softmax_blocks(blocks, len(hidden), token_ids, choice_ids, top_k, temperature, entropy, dominant)
 
@@ -339,7 +353,7 @@ def _pad_optional(vector: Tensor | None, rows: slice, dtype: torch.dtype) -> Ten
 
 def sigmoid_stats(logits: Tensor, token_ids: Tensor | None, top_k: int, threshold: float | None) -> tuple[Tensor, ...]:
     """Statistics of existing logits [N, V]; see :func:`pyqe.functional.sigmoid_stats`."""
-    _check_optional_ids(logits.shape[1], token_ids=token_ids)
+    check_optional_ids(logits.shape[1], token_ids=token_ids)
     blocks = ((rows, block.to(compute_dtype(logits))) for rows, block in _blocks(logits))
     return _reduce_blocks(blocks, _sigmoid_rows, token_ids, top_k, threshold)
 
@@ -355,7 +369,7 @@ def linear_sigmoid_stats(
     threshold: float | None,
 ) -> tuple[Tensor, ...]:
     """Statistics of ``scale * hidden @ weight.T + shift + bias``."""
-    _check_optional_ids(weight.shape[0], token_ids=token_ids)
+    check_optional_ids(weight.shape[0], token_ids=token_ids)
     blocks = (
         (
             rows,
@@ -520,7 +534,8 @@ def sample_rows(
     return _draw_distinct(weights, shares[0], seed, 0, rows)
 
 
-def _sample(blocks: Iterable[tuple[slice, Tensor]], targets: Tensor, *options: Any) -> Tensor:
+def sample_blocks(blocks: Iterable[tuple[slice, Tensor]], targets: Tensor, *options: Any) -> Tensor:
+    """Negatives of all blocks: row ranges and their logits [ROW_BLOCK, V], the last rows being padding."""
     parts = []
     for rows, logits in blocks:
         n = rows.stop - rows.start
@@ -532,7 +547,7 @@ def sample_negatives(logits: Tensor, targets: Tensor, seed: Tensor, *options: An
     """Negatives [N, K] from existing logits; see :func:`pyqe.functional.sample_negatives`."""
     check_ids("targets", targets, logits.shape[1])
     blocks = ((rows, block.to(compute_dtype(logits))) for rows, block in _blocks(logits))
-    return _sample(blocks, targets, int(seed), *options)
+    return sample_blocks(blocks, targets, int(seed), *options)
 
 
 def linear_sample_negatives(
@@ -548,7 +563,7 @@ def linear_sample_negatives(
     """Negatives [N, K]; see :func:`pyqe.functional.linear_sample_negatives`."""
     check_ids("targets", targets, weight.shape[0])
     blocks = _logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
-    return _sample(blocks, targets, int(seed), *options)
+    return sample_blocks(blocks, targets, int(seed), *options)
 
 
 # --- vocabulary BCE -------------------------------------------------------------------------------------------------
@@ -581,7 +596,7 @@ def linear_vocab_bce(
         ``sum_n row_weights_n * loss_n``, losses [N], and the gradients of that sum in hidden [N, D], weight [V, D],
         bias [V], scale [N] and shift [N]; empty where not asked for or the argument is None.
     """
-    _check_optional_ids(weight.shape[0], targets=targets, exclude=exclude_ids)
+    check_optional_ids(weight.shape[0], targets=targets, exclude=exclude_ids)
     dtype = compute_dtype(hidden, weight, bias)
     wide_weight = weight.to(dtype)
     total_grad_weight = torch.zeros_like(weight, dtype=dtype) if grad_weight else None
@@ -627,10 +642,10 @@ def linear_vocab_bce(
 
 def _mark(logits: Tensor, ids: Tensor) -> Tensor:
     """Boolean [n, V]: true at the ids [n, M] of each row; -1 marks nothing."""
-    marks = torch.zeros_like(logits, dtype=torch.bool)
-    row, column = (ids >= 0).nonzero(as_tuple=True)
-    marks[row, ids[row, column]] = True
-    return marks
+    n, vocab_size = logits.shape
+    marks = logits.new_zeros((n, vocab_size + 1), dtype=torch.bool)  # the last column takes what marks nothing
+    inside = (ids >= 0) & (ids < vocab_size)
+    return marks.scatter_(1, torch.where(inside, ids, vocab_size), True)[:, :vocab_size]
 
 
 # --- probabilities that are stated, temperature ---------------------------------------------------------------------
