@@ -26,11 +26,14 @@ struct LogitRow {
         softcap(all.softcap),
         vocab(all.vocab) {}
 
-  __device__ float at(std::int64_t column) const {
-    float z[1] = {as_float(logits[column])};
+  // The logit that an element of the matrix stands for.
+  __device__ float finish(float element, std::int64_t column) const {
+    float z[1] = {element};
     if (!kPlain) finish(column, z);
     return z[0];
   }
+
+  __device__ float at(std::int64_t column) const { return finish(as_float(logits[column]), column); }
 
   // Eight logits from a column that is a multiple of eight on; -infinity beyond the vocabulary. Reads 16
   // bytes at once where rows lie so that it can; which lane holds what is the same where not.
