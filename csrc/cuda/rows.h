@@ -26,11 +26,14 @@ struct LogitRow {
         softcap(all.softcap),
         vocab(all.vocab) {}
 
-  __device__ float at(std::int64_t column) const {
-    float z[1] = {as_float(logits[column])};
-    if (!kPlain) finish(column, z);
+  // The logit that an element stands for.
+  __device__ float finish(float element, std::int64_t column) const {
+    float z[1] = {element};
+    if (!kPlain) finish_all(column, z);
     return z[0];
   }
+
+  __device__ float at(std::int64_t column) const { return finish(as_float(logits[column]), column); }
 
   // Eight logits from a column that is a multiple of eight on; -infinity beyond the vocabulary. Reads 16
   // bytes at once where rows lie so that it can; which lane holds what is the same where not.
@@ -56,14 +59,15 @@ struct LogitRow {
     }
     if (!kPlain) {
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) finish(column + i * step, reinterpret_cast<float(&)[8]>(z[i * 8]));
+      for (int i = 0; i < kColumns; ++i)
+        finish_all(column + i * step, reinterpret_cast<float(&)[8]>(z[i * 8]));
     }
   }
 
  private:
   // From elements of the matrix to logits. What all elements have in common is asked once for all.
   template <int kCount>
-  __device__ void finish(std::int64_t column, float (&z)[kCount]) const {
+  __device__ void finish_all(std::int64_t column, float (&z)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) z[i] *= row_scale;
     if (bias) add(bias, column, z);
