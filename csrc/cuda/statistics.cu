@@ -142,8 +142,7 @@ __global__ void __launch_bounds__(kThreads, 3) read_segments(Statistics args) {
   const Position at(args.logits);
   const LogitRow<T, kPlain> row(args.logits, at.row);
   float z[kHeld];
-#pragma unroll
-  for (int i = 0; i < kTilesOfWarp; ++i) row.eight(at.column(i), reinterpret_cast<float(&)[8]>(z[i * 8]));
+  row.template several<kTilesOfWarp>(at.column(0), kWarps * kTile, z);
   if (args.softmax.partials) softmax_segment(args.softmax, at, z, vocab, shared);
   if (!args.sigmoid.partials) return;
   if (kSecond) {

@@ -174,7 +174,8 @@ class _Softmax:
 
     def _sort(self, logits: Tensor, rows: slice) -> None:
         maximum, log_sum = self.max_logit[rows], -self.max_logprob[rows]
-        self.topk_logits[rows], self.topk_ids[rows] = _sorted_top(logits, self.top_k, maximum.isnan())
+        if self.top_k:
+            self.topk_logits[rows], self.topk_ids[rows] = _sorted_top(logits, self.top_k, maximum.isnan())
         if self.rule is not None:
             found = reference._dominant(logits, maximum, log_sum, self.rule)
             self.dominant_ids[rows], self.size[rows], self.mass[rows] = found
