@@ -255,7 +255,7 @@ def test_row_kernel_compiles(architecture: str, dtype: str, asked: str, vocab_si
     types = types_of(rows_kernel, dtype, absent)
     kernel = compile_for(architecture, rows_kernel, types, constants, rows_config(vocab_size), **UNFUSED)
     assert kernel.spill_stores == 0
-    assert kernel.registers <= 128
+    assert kernel.registers <= (255 if asked == "moments" else 128)  # 4 blocks of 4 warps at a time
 
 
 @compiled
@@ -278,4 +278,4 @@ def test_small_kernels_compile(architecture: str, existing: bool) -> None:
         assert result.spill_stores == 0
     dtype = "bfloat16" if existing else "float32"
     types = types_of(keys_kernel, dtype, ())
-    assert compile_for(architecture, keys_kernel, types, {}, Config({"BLOCK_V": TILE})).spill_stores == 0
+    assert compile_for(architecture, keys_kernel, types, {}, Config({"BLOCK_V": TILE}), **UNFUSED).spill_stores == 0

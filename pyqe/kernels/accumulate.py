@@ -157,3 +157,21 @@ def fold_sigmoid(z, total, above, threshold, COUNT: tl.constexpr):
     if COUNT:
         above += tl.sum((z > threshold).to(tl.int32), 1)
     return total + tl.sum(1.0 / (1.0 + tl.exp2(z * -LOG2E)), 1), above
+
+
+@triton.jit
+def as_float(integers):
+    """Their bits, to be kept beside floats."""
+    return integers.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_slots(place, plane, mask, first, second, third, fourth, fifth, FOURTH: tl.constexpr, FIFTH: tl.constexpr):
+    """Write three to five accumulators, each to a plane of its own; without a fourth the fifth takes its plane."""
+    tl.store(place, first, mask=mask)
+    tl.store(place + plane, second, mask=mask)
+    tl.store(place + 2 * plane, third, mask=mask)
+    if FOURTH:
+        tl.store(place + 3 * plane, fourth, mask=mask)
+    if FIFTH:
+        tl.store(place + (3 + FOURTH) * plane, fifth, mask=mask)

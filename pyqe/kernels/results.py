@@ -15,8 +15,15 @@ _T = TypeVar("_T", bound="_ByRow")
 class _ByRow:
     """Tensors whose first dimension is the row."""
 
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        raise NotImplementedError
+
     def rows(self: _T, rows: slice) -> _T:
         """The part of some rows; it shares memory."""
+        if rows == slice(0, self.n):
+            return self  # the common case, and a new object takes 5 us
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value[rows] for name, value in tensors.items() if isinstance(value, Tensor)})
 
@@ -64,6 +71,10 @@ class SoftmaxRows(TokenRows):
         )
 
     @property
+    def n(self) -> int:
+        return len(self.max_logit)
+
+    @property
     def slots(self) -> int:
         return 3 + (self.entropy is not None) + (self.tempered is not None)
 
@@ -89,6 +100,10 @@ class SigmoidRows(TokenRows):
         )
 
     @property
+    def n(self) -> int:
+        return len(self.max_logit)
+
+    @property
     def slots(self) -> int:
         return 3 + (self.above is not None)
 
@@ -109,6 +124,10 @@ class MomentRows(TokenRows):
         return cls(
             labels.reshape(n, 1) if hard else None, _optional(hard, like, n, 1), None if hard else labels, *numbers
         )
+
+    @property
+    def n(self) -> int:
+        return len(self.losses)
 
     @property
     def slots(self) -> int:

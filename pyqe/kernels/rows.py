@@ -13,12 +13,14 @@ from torch import Tensor
 
 from pyqe.kernels.accumulate import (
     LOG2E,
+    as_float,
     fold_best,
     fold_moments,
     fold_sigmoid,
     fold_soft_labels,
     fold_softmax,
     moments_power,
+    store_slots,
 )
 from pyqe.kernels.common import INTERPRETED, UNFUSED, Config
 from pyqe.kernels.merge import finish_moments, finish_sigmoid, finish_softmax
@@ -73,23 +75,15 @@ def rows_kernel(
 
     plane = n_parts.to(tl.int64) * n_rows
     partials += part.to(tl.int64) * n_rows + rows
-    tl.store(partials, best, mask=row_mask)
+    if SOFTMAX:
+        store_slots(partials, plane, row_mask, best, as_float(best_id), total, weighted, tempered, ENTROPY, TEMPERED)
+    if SIGMOID:
+        store_slots(partials, plane, row_mask, best, as_float(best_id), total, as_float(above), total, COUNT, False)
     if MOMENTS:
-        tl.store(partials + plane, total, mask=row_mask)
-        tl.store(partials + 2 * plane, weighted, mask=row_mask)
-        tl.store(partials + 3 * plane, tempered, mask=row_mask)
+        store_slots(partials, plane, row_mask, best, total, weighted, tempered, tempered, True, False)
         if soft_labels is not None:
             tl.store(partials + 4 * plane, target, mask=row_mask)
             tl.store(partials + 5 * plane, mass, mask=row_mask)
-    else:
-        tl.store(partials + plane, best_id.to(tl.float32, bitcast=True), mask=row_mask)
-        tl.store(partials + 2 * plane, total, mask=row_mask)
-    if ENTROPY:
-        tl.store(partials + 3 * plane, weighted, mask=row_mask)
-    if TEMPERED:
-        tl.store(partials + (3 + ENTROPY) * plane, tempered, mask=row_mask)
-    if COUNT:
-        tl.store(partials + 3 * plane, above.to(tl.float32, bitcast=True), mask=row_mask)
 
 
 def rows_config(vocab_size: int) -> Config:
@@ -149,7 +143,7 @@ def best_tokens(logits: Tensor, k: int, keys: Tensor) -> tuple[Tensor, Tensor]:
     """
     n, vocab_size = logits.shape
     keys_kernel[(triton.cdiv(vocab_size, TILE), n)](
-        logits, keys, vocab_size, logits.stride(0), BLOCK_V=TILE, num_warps=4
+        logits, keys, vocab_size, logits.stride(0), BLOCK_V=TILE, num_warps=4, **UNFUSED
     )
     best = torch.topk(keys, k, dim=1).values
     order = (best >> 32).int()

@@ -20,7 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyqe.kernels.accumulate import LOG2E, fold_best, fold_moments, fold_sigmoid, fold_softmax, moments_power
+from pyqe.kernels.accumulate import (
+    LOG2E,
+    as_float,
+    fold_best,
+    fold_moments,
+    fold_sigmoid,
+    fold_softmax,
+    moments_power,
+    store_slots,
+)
 from pyqe.kernels.common import UNFUSED, config_for, input_precision, product, product_kind
 from pyqe.kernels.merge import finish_moments, finish_sigmoid, finish_softmax
 from pyqe.kernels.results import MomentRows, SigmoidRows, SoftmaxRows
@@ -173,24 +182,16 @@ def scan_kernel(
     plane = n_ranges.to(tl.int64) * n_rows
     place = part.to(tl.int64) * n_rows + rows
     if SOFTMAX:
-        tl.store(partials + place, best, mask=row_mask)
-        tl.store(partials + plane + place, best_id.to(tl.float32, bitcast=True), mask=row_mask)
-        tl.store(partials + 2 * plane + place, total, mask=row_mask)
-        if ENTROPY:
-            tl.store(partials + 3 * plane + place, weighted, mask=row_mask)
-        if TEMPERED:
-            tl.store(partials + (3 + ENTROPY) * plane + place, tempered, mask=row_mask)
+        store_slots(
+            partials + place, plane, row_mask, best, as_float(best_id), total, weighted, tempered, ENTROPY, TEMPERED
+        )
     if MOMENTS:
-        tl.store(partials + place, best, mask=row_mask)
-        tl.store(partials + plane + place, total, mask=row_mask)
-        tl.store(partials + 2 * plane + place, weighted, mask=row_mask)
-        tl.store(partials + 3 * plane + place, tempered, mask=row_mask)
+        store_slots(partials + place, plane, row_mask, best, total, weighted, tempered, tempered, True, False)
     if SIGMOID:
-        tl.store(head_partials + place, head_best, mask=row_mask)
-        tl.store(head_partials + plane + place, head_best_id.to(tl.float32, bitcast=True), mask=row_mask)
-        tl.store(head_partials + 2 * plane + place, head_total, mask=row_mask)
-        if COUNT:
-            tl.store(head_partials + 3 * plane + place, above.to(tl.float32, bitcast=True), mask=row_mask)
+        store_slots(
+            head_partials + place, plane, row_mask,
+            head_best, as_float(head_best_id), head_total, as_float(above), head_total, COUNT, False,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,10 @@ class Head:
         def part(term: Tensor | None) -> Tensor | None:
             return None if term is None else term[rows]
 
-        by_row = part(self.row_scale), part(self.row_shift), part(self.projected)
-        return replace(self, row_scale=by_row[0], row_shift=by_row[1], projected=by_row[2])
+        if self.row_scale is None and self.row_shift is None and self.projected is None:
+            return self
+        scale, shift, projected = part(self.row_scale), part(self.row_shift), part(self.projected)
+        return replace(self, row_scale=scale, row_shift=shift, projected=projected)
 
 
 def copy_buffer(like: Tensor, n: int, vocab_size: int) -> Tensor:
