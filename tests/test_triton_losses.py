@@ -301,5 +301,5 @@ def test_token_logits_kernels_compile(architecture: str, floats: str, k: int) ->
         types = {name: ids.get(name, kind) for name, kind in types_of(kernel, floats, of_input=of_input).items()}
         result = compile_for(architecture, kernel, types, {}, Config(token_logits.tile_sizes(k, 4096)), **FUSED)
         assert result.spill_stores == 0
-        assert result.registers <= 168
+        assert result.registers <= 200
         assert ".v4.b32" in result.ptx  # 16 bytes at a time
