@@ -79,11 +79,12 @@ void row_candidates(const cuda::Logits& logits, const cuda::Correction& second, 
 }  // namespace
 
 void bind_statistics(py::module_& m) {
-  py::class_<cuda::Logits>(m, "Logits");
-  py::class_<cuda::Correction>(m, "Correction");
-  py::class_<cuda::SoftmaxRequest>(m, "SoftmaxRequest");
-  py::class_<cuda::SigmoidRequest>(m, "SigmoidRequest");
-  py::class_<DominantRule>(m, "DominantRule", py::module_local());  // pyqe._C has one too
+  // module_local: pyqe._C has a DominantRule too, and tests load the emulator's module beside the GPU's
+  py::class_<cuda::Logits>(m, "Logits", py::module_local());
+  py::class_<cuda::Correction>(m, "Correction", py::module_local());
+  py::class_<cuda::SoftmaxRequest>(m, "SoftmaxRequest", py::module_local());
+  py::class_<cuda::SigmoidRequest>(m, "SigmoidRequest", py::module_local());
+  py::class_<DominantRule>(m, "DominantRule", py::module_local());
   m.attr("TILE") = cuda::kTile;
   m.attr("SEGMENT") = cuda::kSegment;
   m.attr("MAX_CANDIDATES") = cuda::kMaxCandidates;
