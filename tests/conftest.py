@@ -41,20 +41,35 @@ def smollm2_head(smollm2: tuple[Any, Any]) -> Any:
     return pyqe.SigmoidHead.from_lm_head(*smollm2, kind="low_rank", rank=4)
 
 
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the CUDA kernels, ``_cuda``, built for the CPU."""
+def _build_cuda(name: str, folder: Path, **options: str) -> Path:
+    """The folder, with the CUDA kernels, ``_cuda``, in it; objects are kept in ``build/``."""
     pybind11 = pytest.importorskip("pybind11")
-    folder, build = tmp_path_factory.mktemp("emulator"), ROOT / "build" / "cuda-emulator"
-    options = {
-        "PYQE_CUDA_EMULATED": "ON",
+    build = ROOT / "build" / name
+    configuration = {
+        **options,
         "PYQE_WERROR": "ON",
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder,
         "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
-    defined = [f"-D{name}={value}" for name, value in options.items()]
+    defined = [f"-D{key}={value}" for key, value in configuration.items()]
     subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *defined], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", build], check=True)
+    subprocess.run(["cmake", "--build", build, "--target", "_cuda"], check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the CUDA kernels built for the CPU."""
+    return _build_cuda("cuda-emulator", tmp_path_factory.mktemp("emulator"), PYQE_CUDA_EMULATED="ON")
+
+
+@pytest.fixture(scope="session")
+def nvcc_module() -> Path:
+    """The CUDA kernels as nvcc compiles them, warnings being errors."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not here")
+    folder = ROOT / "build" / "cuda" / "module"
+    _build_cuda("cuda", folder, PYQE_CUDA="ON", PYQE_CUDA_ARCHS="80-real;90a-real")
+    return next(folder.glob("_cuda*.so"))

@@ -115,6 +115,38 @@ def test_token_logits_gradients(backend: str, dtype: torch.dtype, sparse: bool) 
     assert weight.grad.is_sparse == sparse
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [9, 1100])
+def test_token_logits_same_bits_wherever_rows_lie(backend: str, dim: int, dtype: torch.dtype) -> None:
+    hidden, weight, _ = head(6, dim, 30, dtype)
+    needs("linear_token_logits", hidden)
+    ids, grad, ops = torch.randint(0, 30, (6, 40)), torch.randn(6, 40), torch.ops.pyqe
+    moved_hidden, moved_weight = (
+        torch.full((len(m), dim + 5), torch.nan, dtype=dtype)[:, 3:-2] for m in (hidden, weight)
+    )
+    moved_hidden.copy_(hidden), moved_weight.copy_(weight)
+    for name, first, second in (
+        ("linear_token_logits", (hidden, weight, ids, None), (moved_hidden, moved_weight, ids, None)),
+        ("token_logits_grad_hidden", (grad, weight, ids), (grad, moved_weight, ids)),
+        ("token_logits_grad_weight", (grad, hidden, ids, 30), (grad, moved_hidden, ids, 30)),
+    ):
+        assert torch.equal(getattr(ops, name)(*first), getattr(ops, name)(*second))
+
+
+@pytest.mark.parametrize("dim", [21, 520])
+def test_token_logits_gradients_of_a_frequent_token(backend: str, dim: int) -> None:
+    hidden = torch.randn(300, dim)
+    needs("linear_token_logits", hidden)
+    ids, grad = torch.randint(-1, 70, (300, 3)), torch.randn(300, 3)
+    ids[:, 1] = 33
+    dense = torch.ops.pyqe.token_logits_grad_weight(grad, hidden, ids, 70)
+    pairs = torch.zeros(300, 71, dtype=torch.float64).scatter_add_(1, ids % 71, grad.double())
+    torch.testing.assert_close(dense.double(), pairs[:, :70].T @ hidden.double(), rtol=1e-5, atol=1e-4)
+    row_ids, rows = torch.ops.pyqe.token_logits_grad_rows(grad, hidden, ids)
+    assert row_ids.tolist() == sorted(set(ids[ids >= 0].tolist()))
+    torch.testing.assert_close(rows, dense[row_ids])
+
+
 def test_same_bits_for_any_batch_and_thread_count(backend: str) -> None:
     hidden, weight, bias = head(400, 96, 301, torch.float32)  # enough for threads to start
     needs("linear_token_logits", hidden)
@@ -626,6 +658,19 @@ def test_temperature_nll_of_special_logits(backend: str, classes: int, soft: boo
         assert result.second.isnan()
     logits[torch.arange(20), labels] = -torch.inf
     assert F.temperature_nll(logits, targets).nll == torch.inf
+
+
+def test_temperature_nll_of_long_rows_with_masked_parts(backend: str) -> None:
+    logits, labels = torch.randn(4, 5000) - 1e3, torch.full((4,), 1550)
+    needs("temperature_nll", logits)
+    rest = torch.cat([logits[:, 1500:4000], logits[:, 4500:]], 1)
+    logits[:, :1500], logits[:, 4000:4500] = torch.finfo(torch.float32).min, -torch.inf  # two ways to mask
+    for beta in (0.01, 0.7, 40.0):
+        masked, without = F.temperature_nll(logits, labels, beta), F.temperature_nll(rest, labels - 1500, beta)
+        for got, want in zip(
+            (masked.nll, masked.first, masked.second), (without.nll, without.first, without.second), strict=True
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_temperature_nll_of_bad_labels(backend: str) -> None:
