@@ -133,6 +133,21 @@ def test_token_logits_same_bits_wherever_rows_lie(backend: str, dim: int, dtype:
         assert torch.equal(getattr(ops, name)(*first), getattr(ops, name)(*second))
 
 
+def test_ids_out_of_range_that_nothing_has_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where looking at ids would wait for the device."""
+    if backend != "cuda":
+        pytest.skip("the other kernels have tests of their own")
+    monkeypatch.setattr("pyqe.backends.reference.check_ids", lambda *_: None)
+    hidden, weight, _ = head(3, 24, 20, torch.float32)
+    ids, grad = torch.tensor([[0, 20], [-1, 5], [2**40, -(2**62)]]), torch.ones(3, 2)
+    assert F.linear_token_logits(hidden, weight, ids).isnan().tolist() == [[False, True], [True, False], [True, True]]
+    grad_hidden = torch.ops.pyqe.token_logits_grad_hidden(grad, weight, ids)
+    assert torch.equal(grad_hidden, torch.stack([weight[0], weight[5], torch.zeros(24)]))
+    grad_weight = torch.ops.pyqe.token_logits_grad_weight(grad, hidden, ids, 20)
+    assert torch.equal(grad_weight, torch.zeros(20, 24).index_copy_(0, torch.tensor([0, 5]), hidden[:2]))
+    assert F.temperature_nll(hidden, torch.tensor([0, 24, 2**40])).nll.isnan()
+
+
 @pytest.mark.parametrize("dim", [21, 520])
 def test_token_logits_gradients_of_a_frequent_token(backend: str, dim: int) -> None:
     hidden = torch.randn(300, dim)
