@@ -114,8 +114,10 @@ def fold_moments(z, old_best, best, total, mean, spread, power):
     tile_total = tl.sum(e, 1)
     tile_mean = _share(tl.sum(d * e, 1), tile_total)
     # In these words, or the compiler keeps all d and e of the tile in registers from above.
-    deviation = tl.maximum(z - (tl.maximum(best, _LOWEST) + tile_mean)[:, None], _FAR)
-    tile_spread = tl.sum(deviation * deviation * tl.exp2((deviation + tile_mean[:, None]) * power), 1)
+    deviation = z - (tl.maximum(best, _LOWEST) + tile_mean)[:, None]
+    e = tl.exp2((deviation + tile_mean[:, None]) * power)
+    deviation = tl.maximum(deviation, _FAR)
+    tile_spread = tl.sum(deviation * deviation * e, 1)
     carry = tl.exp2(shift * power)
     mean += tl.maximum(shift, _FAR)
     return _join_moments(total * carry, mean, spread * carry, tile_total, tile_mean, tile_spread)
