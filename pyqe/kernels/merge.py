@@ -98,15 +98,17 @@ def sigmoid_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
     best, best_id = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.int32)
-    total, above = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.int32)
+    # Tiles, added up at the end: Triton 3.6 fails on a loop whose sums over a tile are all that is carried.
+    totals, aboves = tl.zeros([ROWS, PARTS], tl.float32), tl.zeros([ROWS, PARTS], tl.int32)
     for start in range(0, n_parts, PARTS):
         parts = start + tl.arange(0, PARTS)
         bests = _slot(partials, 0, parts, rows, n_parts, n_rows, float("-inf"))
         best_ids = _integers(_slot(partials, 1, parts, rows, n_parts, n_rows, 0.0))
         best, best_id = fold_best(bests, best_ids, best, best_id)
-        total += tl.sum(_slot(partials, 2, parts, rows, n_parts, n_rows, 0.0), 1)
+        totals += _slot(partials, 2, parts, rows, n_parts, n_rows, 0.0)
         if COUNT:
-            above += tl.sum(_integers(_slot(partials, 3, parts, rows, n_parts, n_rows, 0.0)), 1)
+            aboves += _integers(_slot(partials, 3, parts, rows, n_parts, n_rows, 0.0))
+    total, above = tl.sum(totals, 1), tl.sum(aboves, 1)
     valid = total == total
     tl.store(max_logit + rows, tl.where(valid, best, float("nan")), mask=row_mask)
     tl.store(argmax + rows, tl.where(valid, best_id, -1).to(tl.int64), mask=row_mask)
