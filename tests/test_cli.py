@@ -393,11 +393,18 @@ def test_a_full_disk(call: Callable[..., Result], folder: Path, here: Path) -> N
     result = call("score", "-m", "llama", "-o", "/dev/full", stdin="a dog\n")
     assert (result.exit_code, result.stdout) == (FAILED, "")
     assert result.stderr == "pyqe: error: /dev/full: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_stdout(folder: Path, here: Path, unbuffered: str) -> None:
+    """Also where stdout keeps what it could not write, which Python does by itself unless told otherwise."""
+    environment = {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "wb") as full:
-        child = process("score", "-m", folder / "llama", stdout=full)
+        child = process("score", "-m", folder / "llama", stdout=full, env=environment)
         _, errors = child.communicate(b"a dog\n")
         assert (child.returncode, errors) == (FAILED, b"pyqe: error: stdout: No space left on device\n")
-        child = process("--help", stdout=full)
+        child = process("--help", stdout=full, env=environment)
         _, errors = child.communicate()
         assert (child.returncode, errors) == (FAILED, b"pyqe: error: No space left on device\n")
 

@@ -25,6 +25,7 @@ class Group(click.Group):
             if os.environ.get("PYQE_DEBUG") == "1":
                 traceback.print_exc()
             click.echo(f"pyqe: error: {_one_line(error)}", err=True)
+            _give_up_stdout()
             sys.exit(FAILED)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -33,6 +34,14 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("pyqe: interrupted", err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _give_up_stdout() -> None:
+    """Let go of what stdout cannot take: at its end Python would try again, say so, and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: BaseException) -> str:
