@@ -30,10 +30,38 @@ struct Shared {
   Key keys[kCapacity];
   double probs[kMaxCandidates];
   float scratch[kWarps];
-  int histogram[kDigits];
-  int found, digit, rest;
+  int histogram[kDigits];  // by slot_of
+  int found;
   long long size;
 };
+
+constexpr int kDigitsOfLane = kDigits / kWarp;
+
+// Where a digit is counted: neighbouring lanes read neighbouring words when each adds up its own digits.
+__device__ int slot_of(int digit) { return digit % kDigitsOfLane * kWarp + digit / kDigitsOfLane; }
+
+// The digit of the k-th largest of what is counted, found by each warp for itself; k becomes its rank among
+// those of that digit.
+__device__ int kth_digit(const int* histogram, int& k) {
+  const int lane = threadIdx.x % kWarp, top = kDigits - 1 - lane * kDigitsOfLane;
+  int counts[kDigitsOfLane], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kDigitsOfLane; ++i) sum += counts[i] = histogram[slot_of(top - i)];
+  int reached = sum;  // with the digits of the lanes before, which are larger
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, reached, distance);
+    if (lane >= distance) reached += before;
+  }
+  int digit = top, rest = k - (reached - sum);
+  const bool here = rest > 0 && rest <= sum;
+#pragma unroll
+  for (int i = 0; i < kDigitsOfLane - 1; ++i) {
+    if (digit == top - i && rest > counts[i]) rest -= counts[i], digit -= 1;
+  }
+  const int finder = __ffs(static_cast<int>(__ballot_sync(kAllLanes, here))) - 1;
+  k = __shfl_sync(kAllLanes, rest, finder);
+  return __shfl_sync(kAllLanes, digit, finder);
+}
 
 // The k-th largest of the keys, k >= 1, digit by digit from the top; `each` calls its argument for the keys
 // of one thread. There must be k keys.
@@ -46,18 +74,11 @@ __device__ AnyKey kth_largest(const Each& each, int k, Shared& shared) {
     each([&](AnyKey key) {
       const bool candidate =
           shift + 8 == static_cast<int>(sizeof(AnyKey)) * 8 || (key ^ prefix) >> (shift + 8) == 0;
-      if (candidate) atomicAdd(&shared.histogram[key >> shift & 0xff], 1);
+      if (candidate) atomicAdd(&shared.histogram[slot_of(static_cast<int>(key >> shift & 0xff))], 1);
     });
     __syncthreads();
-    if (threadIdx.x == 0) {
-      int digit = kDigits - 1, rest = k;
-      while (digit > 0 && shared.histogram[digit] < rest) rest -= shared.histogram[digit--];
-      shared.digit = digit, shared.rest = rest;
-    }
-    __syncthreads();
-    prefix |= static_cast<AnyKey>(shared.digit) << shift;
-    k = shared.rest;
-    __syncthreads();
+    prefix |= static_cast<AnyKey>(kth_digit(shared.histogram, k)) << shift;
+    __syncthreads();  // the histogram may be used again
   }
   return prefix;
 }
