@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,19 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(trylast=True)  # of what -k has left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one share of the tests where PYQE_TEST_SHARE ("0/8" to "7/8") says which: processes divide them so."""
+    if "PYQE_TEST_SHARE" not in os.environ:
+        return
+    number, count = map(int, os.environ["PYQE_TEST_SHARE"].split("/"))
+    shares: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        shares[zlib.crc32(item.nodeid.encode()) % count == number].append(item)
+    config.hook.pytest_deselected(items=shares[False])
+    items[:] = shares[True]
 
 
 @pytest.fixture(autouse=True)

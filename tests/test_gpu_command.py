@@ -5,14 +5,17 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import conftest
 import pytest
 import torch
 
@@ -44,11 +47,11 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[tuple[str, str]] = []
         self.endings: dict[str, list[Any]] = {}
-        monkeypatch.setattr(gpu.Run, "call", lambda run, *args, **environment: self._call(run, *args, **environment))
+        monkeypatch.setattr(gpu.Run, "call", lambda run, *args: self._call(run, *args))
 
-    def _call(self, run: Any, name: str, seconds: float, *command: str, **environment: str) -> Any:
-        self.made.append((name, " ".join(command)))
-        (run.out / f"{name}.log").write_text(f"output of {name}\n")
+    def _call(self, run: Any, name: str, seconds: float, command: Any) -> Any:
+        self.made.append((name, " ".join(command.words)))
+        (run.out / f"{name}.log").write_text(f"output of {name}\n5 passed in 0.10s\n")
         endings = self.endings.get(name, [])
         outcome = endings.pop(0) if endings else gpu.Outcome("ok")
         if name == "bench" and outcome.status == "ok":
@@ -56,13 +59,18 @@ class Calls:
         return outcome
 
     @property
-    def steps(self) -> list[str]:
-        return list(dict.fromkeys(name for name, _ in self.made))
+    def steps(self) -> set[str]:
+        return {name.split("-")[0] for name, _ in self.made}
+
+
+PROOFS = {"conformance", "memcheck", "racecheck"}
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: sys.executable)
+    monkeypatch.setattr(gpu, "missing", lambda environment, gpu: [])
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path: f"/bin/{name}")
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 6)
     return Calls(monkeypatch)
 
 
@@ -72,23 +80,64 @@ def steps_of(out: Path) -> dict[str, str]:
 
 def test_a_run_does_every_step_once(calls: Calls, tmp_path: Path) -> None:
     assert gpu.main([str(tmp_path), "--tune"]) == 0
-    assert calls.steps == ["build", "conformance", "sanitize", "bench", "tune"]
+    assert calls.steps == {"build", *PROOFS, "bench", "tune"}
     assert set(steps_of(tmp_path).values()) == {"ok"}
+    assert [name for name, _ in calls.made][:2] == ["build", "build"]
+    assert [name for name, _ in calls.made][-2:] == ["bench", "tune"]
     calls.made.clear()
     assert gpu.main([str(tmp_path)]) == 0
-    assert calls.steps == ["build"]
+    assert calls.steps == {"build"}
     assert gpu.main([str(tmp_path), "--fresh"]) == 0
-    assert calls.steps == ["build", "conformance", "sanitize", "bench"]
+    assert calls.steps == {"build", *PROOFS, "bench"}
 
 
 def test_what_failed_is_done_again(calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    calls.endings = {"conformance": [gpu.Outcome("failed", "exit code 1")]}
+    calls.endings = {"conformance-1": [gpu.Outcome("failed", "exit code 1")]}
     assert gpu.main([str(tmp_path)]) == 1
-    assert steps_of(tmp_path) == {"build": "ok", "conformance": "failed", "sanitize": "ok", "bench": "ok"}
-    assert "output of conformance" in capsys.readouterr().out
+    assert steps_of(tmp_path) == {"build": "ok", "bench": "ok", **dict.fromkeys(PROOFS, "ok"), "conformance": "failed"}
+    assert "output of conformance-2" in capsys.readouterr().out
     calls.made.clear()
     assert gpu.main([str(tmp_path)]) == 0
-    assert calls.steps == ["build", "conformance"]
+    assert calls.steps == {"build", "conformance"}
+
+
+def test_the_suite_is_shared_among_processes(calls: Calls, tmp_path: Path) -> None:
+    calls.endings = {"conformance-0": [gpu.Outcome("timed out", "after 9 s")]}
+    assert gpu.main([str(tmp_path)]) == 1
+    assert sorted(name for name, _ in calls.made if name.startswith("conformance")) == [
+        f"conformance-{number}" for number in range(3)
+    ]
+    found = json.loads((tmp_path / "gpu.json").read_text())["steps"]["conformance"]
+    assert (found["status"], found["message"]) == ("timed out", "after 9 s, 15 passed")
+    assert sorted(path.name for path in tmp_path.glob("conformance*")) == ["conformance.log"]
+
+
+def test_shares_divide_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(share: str) -> list[str]:
+        monkeypatch.setenv("PYQE_TEST_SHARE", share)
+        items, passed_over = [SimpleNamespace(nodeid=f"tests/test_it.py::test[{i}]") for i in range(90)], []
+        hook = SimpleNamespace(pytest_deselected=lambda items: passed_over.extend(items))
+        conftest.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+        assert len(items) + len(passed_over) == 90
+        return [item.nodeid for item in items]
+
+    shares = [kept(f"{number}/3") for number in range(3)]
+    assert len(set().union(*shares)) == sum(map(len, shares)) == 90
+    assert min(map(len, shares)) > 20
+
+
+def test_nothing_follows_a_build_that_failed(calls: Calls, tmp_path: Path) -> None:
+    calls.endings = {"build": [gpu.Outcome("ok"), gpu.Outcome("failed", "cuda: no driver")]}
+    assert gpu.main([str(tmp_path)]) == 1
+    assert steps_of(tmp_path) == {"build": "failed"}
+
+
+def test_a_step_that_runs_is_noted(calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run that is killed leaves what it has found out, and where it was."""
+    seen = {}
+    monkeypatch.setattr(gpu.Run, "_bench", lambda run, seconds: seen.update(steps_of(run.out)) or gpu.Outcome("ok"))
+    assert gpu.main([str(tmp_path)]) == 0
+    assert seen == {"build": "ok", **dict.fromkeys(PROOFS, "ok"), "bench": "running"}
 
 
 def test_the_benchmarks_go_on_after_a_lost_device(calls: Calls, tmp_path: Path) -> None:
@@ -109,36 +158,78 @@ def test_the_benchmarks_that_ran_out_of_time_are_not_done(
 
 
 def test_a_missing_sanitizer_is_said(calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/nowhere/compute-sanitizer")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path: None)
     assert gpu.main([str(tmp_path)]) == 0
-    assert "sanitize" not in calls.steps
-    assert steps_of(tmp_path)["sanitize"] == "skipped"
+    assert calls.steps == {"build", "conformance", "bench"}
+    assert steps_of(tmp_path)["memcheck"] == steps_of(tmp_path)["racecheck"] == "skipped"
+
+
+def test_the_sanitizer_looks_at_the_kernels_of_the_package(calls: Calls, tmp_path: Path) -> None:
+    assert gpu.main([str(tmp_path)]) == 0
+    memcheck = [command for name, command in calls.made if name.startswith("memcheck")]
+    (racecheck,) = [command for name, command in calls.made if name.startswith("racecheck")]
+    assert len(memcheck) == 2
+    assert "kns=pyqe " in racecheck
+    assert racecheck.endswith("-k every_operator and cuda")
+    kernels = BENCHMARKS.parent / "pyqe" / "kernels"
+    launched = {
+        name
+        for path in kernels.glob("*.py")
+        for name in re.findall(r"^ +(\w+)\[.+\]\((?:$|.*FUSED)", path.read_text("utf-8"), re.MULTILINE)
+    }
+    assert {"scan_kernel", "row_sums_kernel"} <= launched
+    for name in launched:
+        assert f"--kernel-name kns={name} " in memcheck[-1] + memcheck[0]
 
 
 def test_the_dry_run_needs_no_gpu(calls: Calls, tmp_path: Path) -> None:
     assert gpu.main([str(tmp_path), "--dry-run"]) == 0
-    assert calls.steps == ["build", "compile", "list"]
+    assert calls.steps == {"build", "compile", "list"}
     assert any(command.endswith("pyqe bench --device cuda --list") for _, command in calls.made)
 
 
-def arguments(out: Path) -> Any:
-    return gpu._arguments([str(out)])
+def run_into(out: Path) -> Any:
+    return gpu.Run(gpu._arguments([str(out)]), dict(os.environ))
 
 
 def test_a_step_ends_when_its_time_is_over(tmp_path: Path) -> None:
-    run = gpu.Run(arguments(tmp_path), None)
+    run = run_into(tmp_path)
     start = time.monotonic()
-    outcome = run.call("slow", 1.0, "bash", "-c", "echo begun; sleep 60 & wait")
+    outcome = run.call("slow", 1.0, gpu.Command(["bash", "-c", "echo begun; sleep 60 & wait"]))
     assert time.monotonic() - start < 30
     assert outcome.status == "timed out"
     assert "begun" in (tmp_path / "slow.log").read_text()
-    assert run.call("wrong", 30.0, sys.executable, "-c", "raise SystemExit(3)").message == "exit code 3"
+    assert run.python("wrong", 30.0, "-c", "raise SystemExit(3)").message == "exit code 3"
+
+
+def test_an_interrupt_ends_what_was_started(tmp_path: Path) -> None:
+    """Nothing stays on the GPU."""
+    program = f"""if True:
+        import sys; sys.path.insert(0, {str(BENCHMARKS)!r})
+        import gpu, os, signal
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        run = gpu.Run(gpu._arguments([{str(tmp_path)!r}]), dict(os.environ))
+        sleep = gpu.Command(["bash", "-c", "echo $$; exec sleep 600"])
+        run.stages = lambda: [[gpu.Step("slow", lambda seconds: run.call("slow", seconds, sleep), 300)]]
+        run()
+    """
+    process = subprocess.Popen([sys.executable, "-c", program])
+    log, numbers = tmp_path / "slow.log", []
+    while not numbers:
+        assert process.poll() is None
+        time.sleep(0.05)
+        numbers = [line for line in log.read_text().splitlines() if line.isdecimal()] if log.exists() else []
+    process.terminate()
+    assert process.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(numbers[0]), 0)
+    assert steps_of(tmp_path) == {"slow": "failed"}
 
 
 def test_no_step_starts_after_the_end(calls: Calls, tmp_path: Path) -> None:
     assert gpu.main([str(tmp_path), "--minutes", "0"]) == 1
     assert calls.made == []
-    assert set(steps_of(tmp_path).values()) == {"timed out"}
+    assert steps_of(tmp_path) == {"build": "timed out"}
 
 
 def test_wheels_are_put_on_the_path(calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,11 +238,36 @@ def test_wheels_are_put_on_the_path(calls: Calls, tmp_path: Path, monkeypatch: p
     (tmp_path / "rival-1-py3-none-any.whl").touch()
     installed = []
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, check: installed.append(command))
-    paths = []
-    monkeypatch.setattr(gpu.Run, "__call__", lambda run: paths.append(run.environment["PYTHONPATH"]) or 0)
+    found = []
+    monkeypatch.setattr(gpu.sys, "path", list(sys.path))
+    monkeypatch.setattr(gpu.Run, "__call__", lambda run: found.append(run.environment) or 0)
     assert gpu.main([str(tmp_path), "--wheels", str(tmp_path)]) == 0
     assert "--no-index" in installed[0]
-    assert installed[0][installed[0].index("--target") + 1] in paths[0]
+    target = installed[0][installed[0].index("--target") + 1]
+    assert target in found[0]["PYTHONPATH"]
+    assert found[0]["PATH"].startswith(f"{target}/bin")
+
+
+def test_what_is_missing_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_MODULES", (*gpu._MODULES, "no_such_module"))
+    monkeypatch.setattr(gpu.metadata, "version", lambda name: {"setuptools": "76.1"}.get(name, "3.0.1"))
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path: None if name == "nvcc" else f"/bin/{name}")
+    said = SimpleNamespace(stdout="cmake version 3.22.1\n\nsuite", returncode=1)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **kwargs: said)
+    expected = ["no_such_module", "setuptools >= 77 (here: 76.1)", "nvcc", "cmake >= 3.25 (here: 3.22.1)"]
+    with pytest.raises(SystemExit, match=re.escape(", ".join([*expected, "a GPU"]))):
+        gpu.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match=re.escape(", ".join(expected) + ";")):
+        gpu.main([str(tmp_path), "--dry-run"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_programs_of_python_and_of_cuda_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
+    assert gpu._environment(None)["PATH"].split(":") == [str(Path(sys.executable).parent), "/usr/bin", "/opt/cuda/bin"]
+    monkeypatch.delenv("CUDA_HOME")
+    assert gpu._environment(None)["PATH"].endswith(":/usr/local/cuda/bin")
 
 
 def test_the_shell_script_starts() -> None:
@@ -209,8 +325,9 @@ def test_preferences_are_what_the_package_reads(monkeypatch: pytest.MonkeyPatch)
     assert preferences.backend_for("linear_softmax_stats", 513, ()) == "triton"
 
 
-def test_docstring_example() -> None:
+def test_docstring_examples() -> None:
     assert doctest.testmod(prefer) == (0, 1)
+    assert doctest.testmod(gpu) == (0, 2)
 
 
 def test_a_backend_that_fails_somewhere_is_not_preferred() -> None:
