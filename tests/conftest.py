@@ -55,21 +55,27 @@ def smollm2_head(smollm2: tuple[Any, Any]) -> Any:
     return pyqe.SigmoidHead.from_lm_head(*smollm2, kind="low_rank", rank=4)
 
 
+def _program(name: str) -> str:
+    """Path of a program, which may have come with a package of this Python."""
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    return shutil.which(name, path=os.pathsep.join(folders)) or name
+
+
 def _build_cuda(name: str, folder: Path, **options: str) -> Path:
     """The folder, with the CUDA kernels, ``_cuda``, in it; objects are kept in ``build/``."""
     pybind11 = pytest.importorskip("pybind11")
-    build = ROOT / "build" / name
+    build, cmake = ROOT / "build" / name, _program("cmake")
     configuration = {
         **options,
         "PYQE_WERROR": "ON",
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder,
-        "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
+        "CMAKE_MAKE_PROGRAM": _program("ninja"),
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
     defined = [f"-D{key}={value}" for key, value in configuration.items()]
-    subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *defined], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", build, "--target", "_cuda"], check=True)
+    subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defined], check=True, capture_output=True)
+    subprocess.run([cmake, "--build", build, "--target", "_cuda"], check=True)
     return folder
 
 
@@ -79,9 +85,21 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _build_cuda("cuda-emulator", tmp_path_factory.mktemp("emulator"), PYQE_CUDA_EMULATED="ON")
 
 
+def _built_with_package() -> Path | None:
+    """The CUDA kernels of the package, if the tests' own would be the same."""
+    sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    newest = max(path.stat().st_mtime for path in sources)
+    built = next((ROOT / "pyqe").glob("_cuda*.so"), None)
+    alike = os.environ.get("PYQE_WERROR") == "1" and "PYQE_CUDA_ARCHS" not in os.environ
+    return built if built is not None and alike and built.stat().st_mtime > newest else None
+
+
 @pytest.fixture(scope="session")
 def nvcc_module() -> Path:
     """The CUDA kernels as nvcc compiles them, warnings being errors."""
+    built = _built_with_package()
+    if built is not None:
+        return built
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not here")
     folder = ROOT / "build" / "cuda" / "module"

@@ -6,29 +6,32 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from shares import run_shared
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 def test_conformance(emulator: Path, order: str) -> None:
     """A kernel that lacks a barrier gives other results when its threads run in reverse."""
-    environment = {**os.environ, "PYQE_CUDA_EMULATOR": str(emulator), "PYQE_EMULATOR_ORDER": order}
     tests = ["tests/test_conformance.py", "tests/test_negatives.py"]
-    suite = [sys.executable, "-m", "pytest", *tests, "-k", "cuda", "-x", "--no-header"]
-    result = subprocess.run(suite, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:]
+    run_shared(*tests, "-k", "cuda", "-x", PYQE_CUDA_EMULATOR=str(emulator), PYQE_EMULATOR_ORDER=order)
 
 
+@cache
 def _cuobjdump(option: str, module: Path) -> dict[str, str]:
-    """What cuobjdump says of each GPU that the module has code for."""
+    """What cuobjdump says, of all files, by the GPU that the module has code for."""
     knobs = pytest.importorskip("triton.knobs")
     command = [knobs.nvidia.cuobjdump.path, option, str(module)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {part.split()[0]: part for part in said.split("\narch = ")[1:]}
+    found: dict[str, str] = defaultdict(str)
+    for part in said.split("\nFatbin elf code:\n")[1:]:
+        text = part.split("\nFatbin ptx code:\n")[0]
+        found[re.findall(r"^arch = (\w+)", text, re.MULTILINE)[0]] += text
+    return found
 
 
 def test_registers_of_what_nvcc_compiles(nvcc_module: Path) -> None:
@@ -36,6 +39,9 @@ def test_registers_of_what_nvcc_compiles(nvcc_module: Path) -> None:
     usage = _cuobjdump("-res-usage", nvcc_module)
     assert usage.keys() == {"sm_80", "sm_90a"}
     for said in usage.values():
+        assert all(
+            name in said for name in ("find_candidates", "decode", "inverse_softmax", "read_segments", "dot_rows")
+        )
         kernels = re.findall(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
         assert len(kernels) == said.count("REG:") > 0
         assert [name for name, _, stack, local in kernels if (stack, local) != ("0", "0")] == []

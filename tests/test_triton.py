@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from shares import run_shared
 from torch import Tensor
 
 import pyqe
@@ -32,11 +30,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not comp
     [("test_conformance.py", "triton and not thread_count"), ("test_triton.py", "")],  # threads are no matter of GPUs
 )
 def test_in_the_interpreter(file: str, chosen: str) -> None:
-    path = Path(__file__).resolve().with_name(file)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), "-k", chosen]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
+    run_shared(f"tests/{file}", "-k", chosen, TRITON_INTERPRET="1")
 
 
 def test_says_why_it_is_not_available() -> None:

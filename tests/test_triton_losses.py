@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from shares import run_shared
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,9 +30,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not comp
 
 @compiled
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:]
+    run_shared("tests/test_triton_losses.py", TRITON_INTERPRET="1")
 
 
 # --- softplus
