@@ -8,7 +8,22 @@
 namespace pyqe {
 namespace {
 
-// Why nothing can be run, or an empty string.
+#ifndef PYQE_CUDA_EMULATED
+// Compute capability 8.0: asynchronous copies into shared memory, bfloat16 on tensor cores.
+constexpr int kLeastMajor = 8;
+
+// Why a device cannot be used, or an empty string.
+std::string obstacle_of(int device) {
+  cudaDeviceProp facts;
+  const cudaError_t error = cudaGetDeviceProperties(&facts, device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (facts.major >= kLeastMajor) return "";
+  return std::string(facts.name) + " has compute capability " + std::to_string(facts.major) + "." +
+         std::to_string(facts.minor) + ", the kernels need " + std::to_string(kLeastMajor) + ".0";
+}
+#endif
+
+// Why nothing can be run, or an empty string. One device that can be used is enough.
 std::string obstacle() {
 #ifdef PYQE_CUDA_EMULATED
   return "";
@@ -17,7 +32,12 @@ std::string obstacle() {
   const cudaError_t error = cudaGetDeviceCount(&devices);
   if (error == cudaErrorInsufficientDriver) return "no NVIDIA driver, or one too old for this CUDA version";
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  return devices > 0 ? "" : "no CUDA device";
+  std::string found = "no CUDA device";
+  for (int device = 0; device < devices; ++device) {
+    found = obstacle_of(device);
+    if (found.empty()) break;
+  }
+  return found;
 #endif
 }
 
