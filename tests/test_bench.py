@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -304,6 +305,75 @@ def suppress_looks_at_data() -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         if not re.search(r"[Mm]eta tensor|Meta|unimplemented", str(error)):
             raise
+
+
+class Kernels:
+    """A GPU in place of torch's: a call is late unless the reads before it take long enough for the host."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, needs: int, milliseconds: float) -> None:
+        self.reads: list[int] = []
+        kernels, reading = self, 0
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                pass
+
+            def record(self) -> None:
+                nonlocal reading
+                if reading:
+                    kernels.reads.append(reading)
+                reading = 0
+
+            def query(self) -> bool:
+                return kernels.reads[-1] < needs
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return milliseconds + (1.0 if self.query() else 0.0)
+
+        def read(buffer: torch.Tensor) -> None:
+            nonlocal reading
+            reading += 1
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(gpu.torch, "sum", read)
+        monkeypatch.setattr(gpu.Gpu, "__init__", lambda device: None)
+        self.device = gpu.Gpu()
+        self.device._buffer, self.device._flush_seconds = torch.ones(1), 2e-3
+
+
+def host(seconds: float) -> Callable[[], dict[str, Any]]:
+    """A call that keeps the host busy."""
+
+    def call() -> dict[str, Any]:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+        return {}
+
+    return call
+
+
+def test_a_call_that_the_device_had_to_wait_for_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_time = Kernels(monkeypatch, needs=1, milliseconds=3.0)
+    assert in_time.device.seconds(host(5e-3)) == 3e-3
+    assert in_time.reads == [1]
+    late = Kernels(monkeypatch, needs=2, milliseconds=3.0)
+    assert late.device.seconds(host(5e-3)) == 3e-3
+    assert late.reads[0] == 1
+    assert late.reads[1] >= 6  # of 2 ms, twice the time of the host
+    assert len(late.reads) == 2
+
+
+def test_a_wait_that_hardly_counts_is_not_worth_another_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = Kernels(monkeypatch, needs=2, milliseconds=5000.0)
+    assert long.device.seconds(host(1e-4)) == 5.001
+    waits = Kernels(monkeypatch, needs=10**6, milliseconds=3.0)
+    waits.device._flush_seconds = 1e-5
+    assert waits.device.seconds(host(5e-3)) == 4e-3  # more reads than are worth it
+    assert long.reads == waits.reads == [1]
 
 
 def gpu_cases(settings: Settings) -> dict[str, Callable[[], Case]]:
