@@ -127,7 +127,7 @@ def _preferred(operation: str, args: tuple[Any, ...]) -> Iterator[Backend]:
     """Backends in the order that "auto" tries them."""
     first = next((arg for arg in args if isinstance(arg, Tensor)), None)
     if first is not None and first.device.type == "cuda" and first.dim() > 0:
-        yield _BACKENDS[preferences.backend_for(operation, first.shape[0], args)]
+        yield _BACKENDS[preferences.backend_for(operation, first.shape[0], first.dtype, args)]
     yield from _BACKENDS.values()
 
 
