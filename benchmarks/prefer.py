@@ -19,12 +19,15 @@ TABLE = Path(__file__).resolve().parent.parent / "pyqe" / "backends" / "preferen
 Times = Mapping[int, Mapping[str, Iterable[float]]]  # over the best backend's, by number of rows and backend
 
 
-def relative_times(report: Mapping[str, Any]) -> dict[str, Times]:
-    """Times of the backends over the best one's, by entry of the table; a backend that failed has none."""
+def relative_times(report: Mapping[str, Any], *, float32: bool) -> dict[str, Times]:
+    """Times of the backends over the best one's, by entry of the table; a backend that failed has none.
+
+    float32 is apart from the other dtypes, as its products may do without tensor cores.
+    """
     found: dict[str, dict[int, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for case in report["cases"]:
         medians = {row["backend"]: row["median"] for row in case["rivals"] if not row["missing"] and row.get("backend")}
-        if case.get("decides") and medians:
+        if case.get("decides") and medians and (case["dtype"] == "fp32") == float32:
             best = min(medians.values())
             for backend, median in medians.items():
                 found[case["decides"]][case["n"]][backend].append(median / best)
@@ -34,8 +37,8 @@ def relative_times(report: Mapping[str, Any]) -> dict[str, Times]:
 def entries(times: Times) -> list[dict[str, Any]]:
     """The fastest backend by number of rows, as the table has it.
 
-    Several cases with as many rows (shapes, dtypes) count alike, by the mean of the logarithms. Between two numbers of
-    rows with different winners the border is their geometric mean.
+    Several cases with as many rows (shapes, bf16 and fp16) count alike, by the mean of the logarithms. Between two
+    numbers of rows with different winners the border is their geometric mean.
 
     Example:
         >>> entries({1: {"cuda": [1.0], "triton": [2.0]}, 256: {"cuda": [1.5], "triton": [1.0]}})
@@ -59,8 +62,15 @@ def entries(times: Times) -> list[dict[str, Any]]:
 
 
 def updated(table: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with the entries that the report has measured; the others stay."""
-    measured = {name: entries(times) for name, times in relative_times(report).items()}
+    """The table with the entries that the report has measured; the others stay, those of other dtypes too."""
+    halves, floats = (relative_times(report, float32=float32) for float32 in (False, True))
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for name in {**halves, **floats}:
+        kept: list[dict[str, Any]] = table["operations"].get(name, [])
+        own, rest = ([entry for entry in kept if ("dtypes" in entry) == special] for special in (True, False))
+        if name in floats:
+            own = [{"dtypes": ["float32"], **entry} for entry in entries(floats[name])]
+        measured[name] = own + (entries(halves[name]) if name in halves else rest)
     source = f"Measured on {report['machine']['gpu']['name']}, {report['date'][:10]}: {', '.join(sorted(measured))}."
     return {"source": source, "operations": {**table["operations"], **measured}}
 

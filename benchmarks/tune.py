@@ -59,15 +59,9 @@ def workload(kernel: str) -> str:
     raise KeyError(f"{kernel}: nothing in {Path(__file__).name} runs it")
 
 
-# The kernel's name begins so; longer beginnings first.
+# The kernel's name begins so.
 WORKLOADS = {
     "vocab_bce": "losses",
-    "sampled_bce": "token_logits",
-    "token_logits": "token_logits",
-    "negatives": "negatives",
-    "sample": "negatives",
-    "temperature": "temperature",
-    "rows": "rows",
     "scan": "statistics",
 }
 
@@ -81,16 +75,12 @@ def _inputs(dtype: str) -> Any:
 
 def calls(kernel: str, product: str) -> list[Callable[[], dict[str, Any]]]:
     """What runs the kernel, on inputs made once."""
-    from pyqe.bench.suites import head, logits, loss, sampling, temperature
+    from pyqe.bench.suites import head, loss
 
     shape = _inputs(_DTYPES[product])
     cases = {
         "statistics": [head.softmax_stats, head.sigmoid_stats, head.low_rank_head],
         "losses": [loss.vocabulary_bce, partial(loss.vocabulary_bce, frozen=True)],
-        "token_logits": [partial(head.token_logits, tokens=11)],
-        "negatives": [sampling.negatives],
-        "temperature": [temperature.of_a_head],
-        "rows": [partial(logits.row_stats, kind=kind) for kind in ("plain", "entropy")],
     }[workload(kernel)]
     built = [build(shape) for build in cases]
     return [partial(_ours, case.rivals[0].run, case.inputs()) for case in built]

@@ -63,6 +63,7 @@ class NegativeSampler:
     weights: tuple[float, ...] | None = None
     exclude: DominantRule | None = field(default_factory=lambda: DominantRule.jump("first"))
     unigram_counts: Tensor | None = field(default=None, repr=False, compare=False)
+    _counts_by_device: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.sources or not set(self.sources) <= set(get_args(Source)):
@@ -108,6 +109,17 @@ class NegativeSampler:
             return self.counts
         share, rest = divmod(self.num_negatives, len(self.sources))
         return (*[share] * (len(self.sources) - 1), share + rest)
+
+    def counts_on(self, device: torch.device) -> Tensor | None:
+        """``unigram_counts`` on a device, where they are copied once: a copy waits for the device."""
+        if self.unigram_counts is None or self.unigram_counts.device == device:
+            return self.unigram_counts
+        counts = self._counts_by_device.get(device)
+        if counts is None:
+            counts = self.unigram_counts.to(device)
+            if type(counts) is Tensor and not torch.compiler.is_compiling():  # else it may have no numbers
+                self._counts_by_device[device] = counts
+        return counts
 
     @staticmethod
     def count_tokens(token_ids: Tensor, vocab_size: int) -> Tensor:

@@ -135,17 +135,53 @@ def test_token_logits_same_bits_wherever_rows_lie(backend: str, dim: int, dtype:
 
 def test_ids_out_of_range_that_nothing_has_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where looking at ids would wait for the device."""
-    if backend != "cuda":
-        pytest.skip("the other kernels have tests of their own")
+    if backend == "cpu":
+        pytest.skip("its kernels look at the ids themselves")
     monkeypatch.setattr("pyqe.backends.reference.check_ids", lambda *_: None)
-    hidden, weight, _ = head(3, 24, 20, torch.float32)
-    ids, grad = torch.tensor([[0, 20], [-1, 5], [2**40, -(2**62)]]), torch.ones(3, 2)
-    assert F.linear_token_logits(hidden, weight, ids).isnan().tolist() == [[False, True], [True, False], [True, True]]
-    grad_hidden = torch.ops.pyqe.token_logits_grad_hidden(grad, weight, ids)
-    assert torch.equal(grad_hidden, torch.stack([weight[0], weight[5], torch.zeros(24)]))
-    grad_weight = torch.ops.pyqe.token_logits_grad_weight(grad, hidden, ids, 20)
-    assert torch.equal(grad_weight, torch.zeros(20, 24).index_copy_(0, torch.tensor([0, 5]), hidden[:2]))
-    assert F.temperature_nll(hidden, torch.tensor([0, 24, 2**40])).nll.isnan()
+    hidden, weight, bias = head(4, 24, 20, torch.float32)
+    ids, upstream = torch.tensor([[0, 20], [-1, 5], [2**40, -(2**62)], [-2, 0]]), torch.ones(4, 2)
+    outside = [[False, True], [True, False], [True, True], [True, False]]
+    assert F.linear_token_logits(hidden, weight, ids).isnan().tolist() == outside
+    expected = torch.zeros(20, 24).index_copy_(0, torch.tensor([0, 5]), torch.stack([hidden[0] + hidden[3], hidden[1]]))
+    torch.testing.assert_close(torch.ops.pyqe.token_logits_grad_weight(upstream, hidden, ids, 20), expected)
+    nowhere = torch.full((24,), torch.nan)
+    for sparse in (False, True):
+        operands = [operand.clone().requires_grad_() for operand in (hidden, weight, bias)]
+        F.linear_token_logits(operands[0], operands[1], ids, operands[2], sparse_grad=sparse).sum().backward()
+        grads = [operand.grad.to_dense() for operand in operands]
+        torch.testing.assert_close(grads[0], torch.stack([nowhere, weight[5], nowhere, nowhere]), equal_nan=True)
+        torch.testing.assert_close(grads[1], expected)
+        assert grads[2].tolist() == [2.0, *[0.0] * 4, 1.0, *[0.0] * 14]
+    assert F.temperature_nll(hidden, torch.tensor([0, 24, 2**40, 1])).nll.isnan()
+
+
+def test_losses_of_ids_out_of_range_that_nothing_has_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows are NaN, in hidden's gradient as well; the gradients of weight and bias are those of the others."""
+    if backend == "cpu":
+        pytest.skip("its kernels look at the ids themselves")
+    hidden, weight, bias = head(6, 8, 40, torch.float32)
+    needs("linear_vocab_bce", hidden)
+    monkeypatch.setattr("pyqe.backends.reference.check_ids", lambda *_: None)
+    scale, shift, row_weights = torch.rand(6), torch.randn(6), torch.rand(6)
+    targets, excluded = torch.tensor([0, 40, -100, 7, 3, -1]), torch.full((6, 2), -1)
+    excluded[4, 1] = 2**40
+    good = torch.tensor([0, 3, 5])
+
+    def run(rows: Tensor) -> tuple[Tensor, ...]:
+        terms = (scale[rows], shift[rows], targets[rows], excluded[rows], row_weights[rows])
+        return torch.ops.pyqe.linear_vocab_bce(hidden[rows], weight, bias, *terms, 2.0, True, True)
+
+    found, expected = run(torch.arange(6)), run(good)
+    assert found[0].isnan()
+    for place in (1, 2, 5, 6):  # losses, gradients of hidden, scale and shift
+        assert found[place].reshape(6, -1).isnan().all(1).nonzero()[:, 0].tolist() == [1, 2, 4]
+        torch.testing.assert_close(found[place][good], expected[place])
+    for place in (3, 4):  # of weight and bias
+        torch.testing.assert_close(found[place], expected[place])
+    ids, trained = torch.tensor([[0, 40], [5, -1]]), bias.clone().requires_grad_()
+    F.linear_sampled_bce(hidden[:2], weight, ids[:, 0], ids[:, 1:], trained, reduction="none")[1].sum().backward()
+    assert trained.grad is not None
+    assert trained.grad.nonzero()[:, 0].tolist() == [5]
 
 
 @pytest.mark.parametrize("dim", [21, 520])
@@ -324,6 +360,21 @@ def test_masked_tokens_are_never_dominant(backend: str, rule: str) -> None:
     assert torch.equal(dominant.ids, expected.ids)
     assert torch.equal(dominant.size, expected.size)
     assert (dominant.size[1:] <= 3).all()
+
+
+@pytest.mark.parametrize("rule", ["top_p:0.9", "eta:0.01"])
+def test_dominant_tokens_of_more_rows_than_are_sorted_at_once(backend: str, rule: str) -> None:
+    logits = 2 * torch.randn(300, 30)
+    needs("softmax_stats", logits)
+    stats = F.softmax_stats(logits, top_k=3, dominant=DominantRule.parse(rule))
+    with pyqe.use_backend("reference"):
+        expected = F.softmax_stats(logits, top_k=3, dominant=DominantRule.parse(rule))
+    assert stats.entropy is None
+    assert stats.dominant is not None
+    assert expected.dominant is not None
+    assert torch.equal(stats.topk_ids, expected.topk_ids)
+    assert torch.equal(stats.dominant.ids, expected.dominant.ids)
+    torch.testing.assert_close(stats.dominant.mass, expected.dominant.mass)
 
 
 def test_ties_go_to_the_lower_ids(backend: str) -> None:

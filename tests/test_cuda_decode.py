@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyqe.backends import cuda_library, cuda_product
+from pyqe.backends import cuda_library, cuda_product, cuda_statistics
 from pyqe.backends.cuda_product import chunk_rows, product, row_chunks
 
 
@@ -133,8 +133,34 @@ def test_chunks_depend_on_the_weights_alone() -> None:
     def rows(vocab_size: int, dim: int = 8, dtype: torch.dtype = torch.bfloat16) -> int:
         return chunk_rows(torch.empty(1, dim, dtype=dtype).expand(vocab_size, dim))
 
-    assert [rows(v) for v in (0, 1, 128256, 151936, 262144, 1_000_000)] == [256, 256, 256, 192, 128, 64]
+    assert [rows(v) for v in (0, 1, 128256, 262144, 400_000, 1_000_000)] == [256, 256, 256, 256, 128, 64]
     assert rows(128256, dtype=torch.float32) == rows(128256, dim=9) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_library_products_have_one_shape(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a head and of low-rank factors alike: for another one the library may take another algorithm."""
+    monkeypatch.setattr(cuda_statistics, "library", cuda_product.library)
+    shapes, multiply = set(), torch.mm
+
+    def recorded(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
+        shapes.add((*left.shape, right.shape[1]))
+        return multiply(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", recorded)
+    weight, factors, options = torch.randn(21, 24).to(dtype), torch.randn(21, 3), (None, None, 0, None, False, "")
+    for short, sizes in ((True, (1, 64)), (False, (65, 256, 300))):
+        shapes.clear()
+        for n in sizes:
+            rows = (torch.rand(n), torch.randn(n), None, torch.randn(n, 3), factors, 0, None)
+            hidden = torch.randn(n, 24).to(dtype)
+            results = cuda_statistics.linear_joint_stats(hidden, weight, None, 1.0, None, *options, *rows)
+            z = hidden.double() @ weight.double().T
+            expected = rows[0][:, None] * z + rows[1][:, None] + rows[3].double() @ factors.double().T
+            torch.testing.assert_close(results[12], expected.amax(1).float(), rtol=1e-4, atol=1e-4)
+        chunk = 256 if dtype == torch.bfloat16 and not short else 64
+        decoded = dtype == torch.bfloat16 and short
+        assert shapes == {(chunk, 3, 21)} | (set() if decoded else {(chunk, 24, 21)})
 
 
 def test_too_many_rows_are_refused() -> None:

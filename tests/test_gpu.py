@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from devices import TensorsOn, device_of
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import pyqe
 from pyqe import functional as F
@@ -28,6 +30,8 @@ N, D, V = 37, 50, 1009  # divide nothing; rows begin at odd addresses
 # it returns as many rows as there are different tokens, so it has to wait for the device to count them
 DATA_DEPENDENT_SHAPE = {"token_logits_grad_rows"}
 DRAWN = {"sample_negatives", "linear_sample_negatives"}
+# the reference draws, from logits of the kernels: it looks which rows need another round, and at the seed
+WAITS = {("triton", "linear_sample_negatives")}
 
 Results = tuple[Tensor, ...]
 
@@ -88,7 +92,7 @@ def samples(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, tuple
         "linear_vocab_bce, frozen": (hidden, weight, None, None, None, targets, None, row.abs(), 1.0, False, True),
         "inverse_softmax": (logits.softmax(1), 1e-9, "mean"),
         "temperature_nll": (logits, labels, beta),
-        "linear_temperature_nll": (*head, 1.0, None, labels, beta),
+        "linear_temperature_nll": (*head, 1.0, None, labels, torch.tensor(0.5, dtype=torch.float64)),
     }
 
 
@@ -96,11 +100,13 @@ NAMES = list(samples("cpu"))
 
 
 def operator(name: str, args: tuple[Any, ...]) -> Callable[[], Results]:
-    """A call of the operator; skips where the backend does not offer it and says so."""
+    """A call of the operator; skips where the backend has no such operation."""
     base = name.split(",")[0]
     try:
         select(base, *args)
     except RuntimeError as error:
+        if "it has no" not in str(error):
+            raise
         pytest.skip(str(error))
 
     def call() -> Results:
@@ -216,6 +222,29 @@ def test_tensors_on_different_devices_are_refused() -> None:
         F.temperature_nll(hidden, ids)
 
 
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_numbers_on_the_cpu_are_no_obstacle(name: str) -> None:
+    """A seed or an inverse temperature may stay there; tensors of "meta" stand for those of a GPU."""
+    backend = replace(available_backends()[name], devices=frozenset({"meta"}), find_obstacle=lambda: None)
+    calls = samples("meta")
+    places = {arg.device.type for args in calls.values() for arg in args if isinstance(arg, Tensor)}
+    assert places == {"meta", "cpu"}
+    obstacles = {backend.obstacle(call.split(",")[0], args) for call, args in calls.items()}
+    assert {obstacle for obstacle in obstacles if obstacle is not None and "it has no" not in obstacle} == set()
+    logits = calls["softmax_stats"][0]
+    assert backend.obstacle("softmax_stats", (logits, torch.zeros(N, 1))) == "it serves meta tensors, got cpu"
+
+
+def test_counts_go_to_a_device_once() -> None:
+    sampler = pyqe.NegativeSampler(unigram_counts=torch.ones(5))
+    assert sampler.counts_on(torch.device("cpu")) is sampler.unigram_counts
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(sampler.counts_on(torch.device("meta")), FakeTensor)  # not kept
+    placed = sampler.counts_on(torch.device("meta"))
+    assert not isinstance(placed, FakeTensor)
+    assert sampler.counts_on(torch.device("meta")) is placed
+
+
 # --- on a GPU alone
 
 
@@ -230,8 +259,14 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def may_wait(backend: str, name: str) -> None:
+    if (backend, name) in WAITS:
+        pytest.skip("it waits for the device")
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - DATA_DEPENDENT_SHAPE))
 def test_the_host_does_not_wait(gpu_backend: str, name: str) -> None:
+    may_wait(gpu_backend, name)
     call = operator(name, samples("cuda")[name])
     call()  # kernels are compiled and loaded
     with no_waiting():
@@ -240,6 +275,7 @@ def test_the_host_does_not_wait(gpu_backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - DATA_DEPENDENT_SHAPE))
 def test_graph_replays_on_new_numbers(gpu_backend: str, name: str) -> None:
+    may_wait(gpu_backend, name)
     args = samples("cuda")[name]
     call = operator(name, args)
     stream = torch.cuda.Stream()
@@ -255,6 +291,41 @@ def test_graph_replays_on_new_numbers(gpu_backend: str, name: str) -> None:
         result.zero_()
     graph.replay()
     assert equal(results, call())
+
+
+def test_plain_numbers_and_counts_of_the_cpu_do_not_wait(gpu_backend: str) -> None:
+    args = samples("cuda")
+    (hidden, weight, _), logits, labels = args["linear_softmax_stats"][:3], *args["temperature_nll"][:2]
+    sampler = pyqe.NegativeSampler(unigram_counts=torch.rand(V))
+
+    def call() -> None:
+        F.linear_sigmoid_stats(hidden, weight, scale=2.0, shift=-1.0)
+        F.temperature_nll(logits, labels, 0.5)
+        F.linear_sampled_bce(hidden, weight, labels, labels[:, None], pos_weight=3.0, scale=2.0)
+        if gpu_backend != "triton":  # it draws with the reference
+            F.sample_negatives(logits, labels, sampler)
+
+    call()
+    with no_waiting():
+        call()
+
+
+def test_replays_of_a_graph_draw_other_negatives(gpu_backend: str) -> None:
+    logits, targets = samples("cuda")["sample_negatives"][:2]
+    operator("sample_negatives", samples("cuda")["sample_negatives"])
+    sampler = pyqe.NegativeSampler(("uniform", "softmax"))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        F.sample_negatives(logits, targets, sampler)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids = F.sample_negatives(logits, targets, sampler)
+    graph.replay()
+    first = ids.clone()
+    graph.replay()
+    assert not torch.equal(ids, first)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - DATA_DEPENDENT_SHAPE))

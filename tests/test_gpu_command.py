@@ -280,11 +280,11 @@ def test_the_shell_script_starts() -> None:
 # --- preferences
 
 
-def case(decides: str | None, n: int, **seconds: float) -> dict[str, Any]:
+def case(decides: str | None, n: int, dtype: str = "bf16", **seconds: float) -> dict[str, Any]:
     rows = [{"rival": "pyqe", "missing": None, "backend": None, "median": 1e-9}]
     rows += [{"rival": name, "missing": None, "backend": name, "median": value} for name, value in seconds.items()]
     rows.append({"rival": "pyqe, other", "missing": "failed", "backend": "other"})
-    return {"suite": "head", "name": "case", "decides": decides, "n": n, "rivals": rows}
+    return {"suite": "head", "name": "case", "decides": decides, "n": n, "dtype": dtype, "rivals": rows}
 
 
 REPORT = {
@@ -295,7 +295,9 @@ REPORT = {
         case("linear_softmax_stats", 1, cuda=1.0, triton=2.0),
         case("linear_softmax_stats", 64, cuda=1.0, triton=1.1),
         case("softmax_stats", 512, cuda=1.0, triton=3.0),
-        case("softmax_stats", 512, cuda=2.0, triton=1.0),  # another dtype: less is lost with the other one
+        case("softmax_stats", 512, "fp16", cuda=2.0, triton=1.0),  # less is lost with the other one
+        case("linear_softmax_stats", 64, "fp32", cuda=1.0, triton=2.0),
+        case("kept", 64, "fp32", cuda=1.0, triton=2.0),
         case("sigmoid_stats", 512, triton=1.0),
         case(None, 7, cuda=1.0),
         {"suite": "head", "name": "lost", "rivals": [{"rival": "pyqe", "missing": "failed"}]},
@@ -305,15 +307,20 @@ REPORT = {
 
 def test_preferences_follow_the_times(tmp_path: Path) -> None:
     table, report = tmp_path / "preferences.json", tmp_path / "gpu.json"
-    table.write_text(json.dumps({"source": "guess", "operations": {"kept": [{"backend": "triton"}]}}))
+    kept = {"kept": [{"backend": "triton"}], "sigmoid_stats": [{"dtypes": ["float32"], "backend": "reference"}]}
+    table.write_text(json.dumps({"source": "guess", "operations": kept}))
     report.write_text(json.dumps(REPORT))
     prefer.main([str(report), "--table", str(table)])
     written = json.loads(table.read_text())
     assert written["operations"] == {
-        "kept": [{"backend": "triton"}],
-        "linear_softmax_stats": [{"max_rows": 512, "backend": "cuda"}, {"backend": "triton"}],
+        "kept": [{"dtypes": ["float32"], "backend": "cuda"}, {"backend": "triton"}],
+        "linear_softmax_stats": [
+            {"dtypes": ["float32"], "backend": "cuda"},
+            {"max_rows": 512, "backend": "cuda"},
+            {"backend": "triton"},
+        ],
         "softmax_stats": [{"backend": "cuda"}],
-        "sigmoid_stats": [{"backend": "triton"}],
+        "sigmoid_stats": [{"dtypes": ["float32"], "backend": "reference"}, {"backend": "triton"}],
     }
     assert written["source"].startswith("Measured on Some GPU, 2026-01-02")
 
@@ -321,8 +328,27 @@ def test_preferences_follow_the_times(tmp_path: Path) -> None:
 def test_preferences_are_what_the_package_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     table = prefer.updated({"source": "", "operations": {}}, REPORT)
     monkeypatch.setattr(preferences, "_table", lambda: json.loads(prefer.text(table))["operations"])
-    assert preferences.backend_for("linear_softmax_stats", 512, ()) == "cuda"
-    assert preferences.backend_for("linear_softmax_stats", 513, ()) == "triton"
+    for rows, dtype, backend in (
+        (512, torch.bfloat16, "cuda"),
+        (513, torch.bfloat16, "triton"),
+        (513, torch.float16, "triton"),
+        (513, torch.float32, "cuda"),
+    ):
+        assert preferences.backend_for("linear_softmax_stats", rows, dtype, ()) == backend
+
+
+def test_single_tokens_of_either_head_have_an_entry_of_their_own() -> None:
+    """The places of the arguments that ask for them are those of the operators' schemas."""
+    for operation, asking in (
+        ("linear_softmax_stats", ("top_k", "dominant")),
+        ("linear_joint_stats", ("top_k", "dominant", "sigmoid_top_k")),
+        ("linear_sigmoid_stats", ("top_k",)),
+    ):
+        names = [argument.name for argument in getattr(torch.ops.pyqe, operation).default._schema.arguments]
+        for wanted in (None, *asking):
+            args = tuple(1 if name == wanted else 0 for name in names)
+            expected = operation if wanted is None else f"{operation}, candidates"
+            assert preferences._variant(operation, args) == expected
 
 
 def test_docstring_examples() -> None:

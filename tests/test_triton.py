@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,6 +42,26 @@ def test_says_why_it_is_not_available() -> None:
         assert backend.unavailable == "torch finds no CUDA device"
         with pyqe.use_backend("triton"), pytest.raises(RuntimeError, match="it serves cuda tensors, got cpu"):
             F.softmax_stats(torch.zeros(1, 2))
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_float32_products_follow_either_of_torchs_settings(matmul_precision: None) -> None:
+    from pyqe.kernels.common import product_kind
+
+    for setting, kind in (("high", "tf32"), ("highest", "ieee")):
+        torch.set_float32_matmul_precision(setting)
+        assert product_kind(torch.float32) == kind
+    for setting, kind in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert product_kind(torch.float32) == kind
+    assert product_kind(torch.bfloat16) == "half"
 
 
 # --- in the interpreter: what the conformance suite leaves out
@@ -169,7 +190,8 @@ def types_of(kernel: Any, dtype: str, absent: tuple[str, ...], **others: str) ->
 
 
 def compile_scan(asked: str, architecture: str, product: str, dtype: str, config: Any) -> Any:
-    from pyqe.kernels.ahead import compile_for
+    from ahead import compile_for
+
     from pyqe.kernels.common import UNFUSED, input_precision
     from pyqe.kernels.scan import scan_kernel
 
@@ -199,7 +221,7 @@ def scan_cases() -> list[Any]:
 @compiled
 @pytest.mark.parametrize(("architecture", "product", "dtype", "asked", "config"), scan_cases())
 def test_scan_compiles(architecture: str, product: str, dtype: str, asked: str, config: Any) -> None:
-    from pyqe.kernels.ahead import SHARED_LIMIT
+    from ahead import SHARED_LIMIT
 
     kernel = compile_scan(asked, architecture, product, dtype, config)
     assert kernel.shared <= SHARED_LIMIT[architecture]
@@ -239,7 +261,8 @@ def test_sums_have_one_order_with_and_without_a_head(architecture: str) -> None:
 @pytest.mark.parametrize("asked", ["softmax", "sigmoid", "moments"])
 @pytest.mark.parametrize("vocab_size", [5, 128256])
 def test_row_kernel_compiles(architecture: str, dtype: str, asked: str, vocab_size: int) -> None:
-    from pyqe.kernels.ahead import compile_for
+    from ahead import compile_for
+
     from pyqe.kernels.common import UNFUSED
     from pyqe.kernels.rows import rows_config, rows_kernel
 
@@ -256,8 +279,9 @@ def test_row_kernel_compiles(architecture: str, dtype: str, asked: str, vocab_si
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_small_kernels_compile(architecture: str, existing: bool) -> None:
+    from ahead import compile_for
+
     from pyqe.kernels import merge
-    from pyqe.kernels.ahead import compile_for
     from pyqe.kernels.common import UNFUSED, Config
     from pyqe.kernels.rows import TILE, keys_kernel
 

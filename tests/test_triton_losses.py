@@ -17,9 +17,9 @@ from pyqe.backends import reference
 
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 import triton.language as tl  # noqa: E402
+from ahead import SHARED_LIMIT, compile_for  # noqa: E402
 
 from pyqe.kernels import token_logits, vocab_bce  # noqa: E402
-from pyqe.kernels.ahead import SHARED_LIMIT, compile_for  # noqa: E402
 from pyqe.kernels.common import FUSED, Config, all_configs, input_precision  # noqa: E402
 from pyqe.kernels.vocab_bce import CHUNK, FULL_ROWS, softplus_and_slope  # noqa: E402
 
@@ -141,6 +141,11 @@ def test_ids_out_of_range_are_nan_in_their_row_on_the_device(monkeypatch: pytest
     args["exclude_ids"][4, 1], args["exclude_ids"][5, 0] = 2**40, -2
     bad = torch.tensor([False, True, True, False, True, True])
     result = run(args)
+    args["row_weights"] = args["row_weights"].masked_fill(bad, 0.0)
+    args["targets"], args["exclude_ids"] = torch.arange(6), torch.full((6, 2), -1)
+    without = run(args)
+    for place in (3, 4):  # gradients of weight and bias
+        assert result[place].equal(without[place])
     for place in (1, 2, 5, 6):
         assert result[place].reshape(6, -1).isnan().all(1).equal(bad)
         assert result[place][~bad].equal(good[place][~bad])
@@ -184,17 +189,17 @@ def test_vocab_bce_keeps_one_chunk_of_gradients(dtype: torch.dtype) -> None:
 @interpreted
 def test_token_logits_of_ids_out_of_range_are_nan_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyqe.backends.reference.check_ids", lambda *_: None)  # as on a GPU, where looking would wait
-    hidden, weight, grad = torch.randn(3, 8), torch.randn(20, 8), torch.ones(3, 2)
-    ids = torch.tensor([[0, 20], [-1, 5], [2**40, 3]])
+    hidden, weight, grad = torch.randn(4, 8), torch.randn(20, 8), torch.ones(4, 2)
+    ids = torch.tensor([[0, 20], [-1, 5], [2**40, 3], [-2, -1]])
     ops = torch.ops.pyqe
     with pyqe.use_backend("triton"):
         logits = ops.linear_token_logits(hidden, weight, ids, None)
         grad_hidden = ops.token_logits_grad_hidden(grad, weight, ids)
         grad_weight = ops.token_logits_grad_weight(grad, hidden, ids, 20)
-    assert logits.isnan().equal(torch.tensor([[False, True], [True, False], [True, False]]))
-    assert grad_hidden.isnan().all(1).equal(torch.tensor([True, False, True]))
+    assert logits.isnan().equal(torch.tensor([[False, True], [True, False], [True, False], [True, True]]))
+    assert grad_hidden.isnan().all(1).equal(torch.tensor([True, False, True, True]))
     torch.testing.assert_close(grad_hidden[1], weight[5])
-    expected = torch.zeros(20, 8).index_copy_(0, torch.tensor([0, 5, 3]), hidden)
+    expected = torch.zeros(20, 8).index_copy_(0, torch.tensor([0, 5, 3]), hidden[:3])
     assert grad_weight.equal(expected)
 
 
@@ -288,7 +293,7 @@ def test_product_kernel_compiles(architecture: str, product: str, config: Any, f
 @pytest.mark.parametrize("floats", ["bf16", "fp32"])
 @pytest.mark.parametrize("k", [1, 11])
 def test_token_logits_kernels_compile(architecture: str, floats: str, k: int) -> None:
-    ids = dict.fromkeys(("token_ids", "tokens", "pairs", "out_rows"), "*i64")
+    ids = dict.fromkeys(("token_ids", "pairs", "out_rows"), "*i64")
     for kernel, of_input in (
         (token_logits.forward_kernel, ("hidden", "weight", "bias")),
         (token_logits.grad_hidden_kernel, ("weight", "out")),

@@ -1,7 +1,9 @@
 // The CUDA kernels. Every function starts work on a stream and returns; nothing waits for the device and
 // nothing is allocated. Pointers are the device's, strides are in elements, results that are not wanted null.
 //
-// Ids: -1 is padding, and like every id out of range it gives NaN and is never used as an address.
+// Ids: -1 is padding, and like every id out of range it gives NaN and is never used as an address. In
+// gradients padding counts for nothing; an id out of range makes its row of grad_hidden NaN and adds to no
+// row of the weight's.
 #pragma once
 
 #include <cstdint>

@@ -117,7 +117,7 @@ __device__ Vector<T, kWidth> load_columns(const T* address) {
   }
 }
 
-// A term of a sum: which row, -1 for none, and how often.
+// A term of a sum: which row, -1 for zeros, and how often.
 struct Term {
   std::int64_t row;
   float coefficient;
@@ -217,7 +217,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   Strip<T, kWidth> strip(warp_of_grid() % strips, args.dim);
   strip.add(args.weight, args.k, [&](std::int64_t k) {
     const std::int64_t pair = n * args.k + k, token = args.token_ids[pair];
-    return token < 0 || token >= args.vocab ? Term{-1, 0} : Term{token, args.grad[pair]};
+    if (token >= 0 && token < args.vocab) return Term{token, args.grad[pair]};
+    return Term{-1, token == -1 ? 0.0f : NAN};
   });
   strip.write(args.grad_hidden, n);
 }

@@ -15,7 +15,7 @@ struct TokenLogits {
   DType dtype;  // of hidden, weight and bias
 };
 
-// grad_hidden[n] = sum over k, in that order, of grad[n, k] weight[id]
+// grad_hidden[n] = sum over k, in that order, of grad[n, k] weight[id]. Padding adds nothing.
 struct TokenLogitsGradHidden {
   const float* grad;  // [n, k]
   Matrix weight;

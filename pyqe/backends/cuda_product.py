@@ -22,7 +22,7 @@ from pyqe.backends.cuda_library import CODES, library, stream
 
 _BLOCK = 64  # chunks are multiples of it
 _CHUNK = 256  # an H100 multiplies about as long for 300 rows of bfloat16 as it reads the weights
-_BUFFER_BYTES = 128 * 2**20
+_BUFFER_BYTES = 256 * 2**20  # a whole chunk for up to 262144 tokens, an eighth of the weights for D 4096
 
 
 def _aligned(matrix: Tensor) -> bool:
@@ -38,7 +38,7 @@ def _aligned(matrix: Tensor) -> bool:
 def chunk_rows(weight: Tensor) -> int:
     """Rows that are multiplied at once: set by weight [V, D], never by the rows of a call.
 
-    Their dot products take about 128 MiB at most, more only where 64 rows do.
+    Their dot products take 256 MiB at most, more only where 64 rows do.
     """
     if not _aligned(weight):
         return _BLOCK
@@ -46,10 +46,16 @@ def chunk_rows(weight: Tensor) -> int:
     return max(_BLOCK, min(_CHUNK, fitting))
 
 
+def padded_rows(n: int, weight: Tensor) -> int:
+    """Rows to which a product beside those of :func:`row_chunks` is padded: one number for short calls, one for all."""
+    return _BLOCK if n <= _BLOCK else chunk_rows(weight)
+
+
 def product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Dot products of hidden [n, D] with weight [V, D], both in one dtype: the first n rows of out, which is returned.
 
-    Sums are in float32. For float32 inputs torch's setting decides about TF32 (``torch.set_float32_matmul_precision``).
+    Sums are in float32. For float32 inputs torch's setting decides about TF32:
+    ``torch.backends.cuda.matmul.fp32_precision``.
 
     Args:
         out: float32 [rows, V], rows >= n. No more than 64 rows: the decode kernel, if it takes the weights. Otherwise
@@ -59,7 +65,8 @@ def product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     if len(out) <= library.MAX_DECODE_ROWS and _aligned(weight):
         _decode(hidden, weight, out)
         return out[:n]
-    hidden = F.pad(hidden, (0, 0, 0, len(out) - n))
+    if n < len(out):  # F.pad copies where there is nothing to pad, too
+        hidden = F.pad(hidden, (0, 0, 0, len(out) - n))
     if hidden.device.type == "cpu":  # on the emulator, and torch.mm of a CPU has no out_dtype
         torch.mm(hidden.float(), weight.float().T, out=out)
     elif hidden.dtype == torch.float32:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pyqe.backends import reference
 from pyqe.backends.cuda_library import CODES, library, pointer, row_pointer, stream
-from pyqe.backends.cuda_product import row_chunks
+from pyqe.backends.cuda_product import padded_rows, product, row_chunks
 from pyqe.backends.operands import check_shape, checked_head, floats, on_its_device, row_terms, rows_of
 from pyqe.dominant import DominantRule
 
+_SORTED_ROWS = 256  # of 128256 tokens: a float32 copy, its sorted values and their ids take .5 GB
 _KINDS = {"": 0, "jump": 1, "top_k": 2, "top_p": 3, "min_p": 4, "epsilon": 5, "eta": 6}
 
 
@@ -97,10 +98,14 @@ class _Scratch:
         self.softmax, self.sigmoid, self.softmax_tiles, self.sigmoid_tiles = places
 
 
-def _sorted_top(logits: Tensor, top_k: int, invalid: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest by a stable sort: ``torch.topk`` promises no order among equals."""
+def _sorted(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest and their ids by a stable sort: ``torch.topk`` promises no order among equals."""
     order = torch.sort(logits, dim=1, descending=True, stable=True)
-    values, ids = order.values[:, :top_k], order.indices[:, :top_k]
+    return order.values[:, :count], order.indices[:, :count]
+
+
+def _valid_top(best: tuple[Tensor, Tensor], top_k: int, invalid: Tensor) -> tuple[Tensor, Tensor]:
+    values, ids = (part[:, :top_k] for part in best)
     return values.masked_fill(invalid[:, None], torch.nan), ids.masked_fill(invalid[:, None], -1)
 
 
@@ -125,7 +130,9 @@ class _Softmax:
         self.sorts = unbounded or max(self.top_k, self.members + 1) > library.MAX_CANDIDATES
         self.max_logit, self.max_logprob = torch.empty(n, device=device), torch.empty(n, device=device)
         self.argmax = _empty_ids(device, n)
-        self.entropy = torch.empty((n,) if entropy else (n, 0), device=device)
+        self.returns_entropy = entropy  # the rule may need it, too
+        computed = entropy or (self.rule is not None and self.rule.kind == "eta")
+        self.entropy = torch.empty((n,) if computed else (n, 0), device=device)
         self.tempered = torch.empty((n, 0) if temperature is None else (n,), device=device)
         self.topk_logits = torch.empty(n, self.top_k, device=device)
         self.topk_ids = _empty_ids(device, n, self.top_k)
@@ -174,10 +181,12 @@ class _Softmax:
 
     def _sort(self, logits: Tensor, rows: slice) -> None:
         maximum, log_sum = self.max_logit[rows], -self.max_logprob[rows]
-        if self.top_k:
-            self.topk_logits[rows], self.topk_ids[rows] = _sorted_top(logits, self.top_k, maximum.isnan())
+        best = _sorted(logits, max(self.top_k, self.members + 1))
+        self.topk_logits[rows], self.topk_ids[rows] = _valid_top(best, self.top_k, maximum.isnan())
         if self.rule is not None:
-            found = reference._dominant(logits, maximum, log_sum, self.rule)
+            values, ids = (part[:, : self.members + 1] for part in best)
+            entropy = self.entropy[rows] if self.entropy.dim() == 1 else None
+            found = reference.dominant_of_sorted(values, ids, self.members, maximum, log_sum, entropy, self.rule)
             self.dominant_ids[rows], self.size[rows], self.mass[rows] = found
 
     def results(self, tokens: Tensor, choices: Tensor) -> tuple[Tensor, ...]:
@@ -185,7 +194,7 @@ class _Softmax:
             self.max_logit,
             self.max_logprob,
             self.argmax,
-            self.entropy,
+            self.entropy if self.returns_entropy else self.mass.new_empty(len(self.mass), 0),
             tokens,
             self.tempered,
             self.topk_logits,
@@ -229,7 +238,8 @@ class _Sigmoid:
     ) -> None:
         if self.sorts:
             invalid = self.max_logit[rows].isnan()
-            self.topk_logits[rows], self.topk_ids[rows] = _sorted_top(logits_of(), self.top_k, invalid)
+            best = _sorted(logits_of(), self.top_k)
+            self.topk_logits[rows], self.topk_ids[rows] = _valid_top(best, self.top_k, invalid)
         elif self.wants_tiles:
             library.row_candidates(
                 logits,
@@ -319,12 +329,21 @@ def head_blocks(
         yield rows, Rows(dots, bias, scale=scale, softcap=softcap), None
 
 
+def _existing_blocks(source: Rows, sorts: bool) -> Iterator[Block]:
+    """Rows without terms of their own: all at once, or as many at a time as may be copied to be sorted."""
+    n = len(source.matrix)
+    step = _SORTED_ROWS if sorts else max(n, 1)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        yield rows, replace(source, matrix=source.matrix[rows]), None
+
+
 def dominant_rows(source: Rows, dominant: str) -> tuple[Tensor, Tensor]:
     """Dominant ids [n, M] of the rows, padded with -1, and their largest logits [n], NaN for no distribution."""
     n, vocab_size = source.matrix.shape
     softmax = _Softmax(n, vocab_size, source.matrix.device, 0, None, False, dominant)
     asked = _Pass(n, vocab_size, source.matrix.device, (None, None), softmax, None)
-    asked.run([(slice(0, n), source, None)])
+    asked.run(_existing_blocks(source, softmax.sorts))
     return softmax.dominant_ids, softmax.max_logit
 
 
@@ -335,7 +354,7 @@ def softmax_stats(
     n, vocab_size = logits.shape
     softmax = _Softmax(n, vocab_size, logits.device, *options)
     asked = _Pass(n, vocab_size, logits.device, (token_ids, choice_ids), softmax, None)
-    asked.run([(slice(0, n), Rows(rows_of(logits)), None)])
+    asked.run(_existing_blocks(Rows(rows_of(logits)), softmax.sorts))
     return asked.softmax_results()
 
 
@@ -362,7 +381,7 @@ def sigmoid_stats(logits: Tensor, token_ids: Tensor | None, *options: Any) -> tu
     n, vocab_size = logits.shape
     sigmoid = _Sigmoid(n, vocab_size, logits.device, *options)
     asked = _Pass(n, vocab_size, logits.device, (token_ids, None), None, sigmoid)
-    asked.run([(slice(0, n), Rows(rows_of(logits)), None)])
+    asked.run(_existing_blocks(Rows(rows_of(logits)), sigmoid.sorts))
     return sigmoid.results(asked.sigmoid_tokens)
 
 
@@ -416,17 +435,17 @@ def linear_joint_stats(
     rank = 0 if factors is None else factors.shape[-1]
     check_shape("projected", projected, n, rank)
     check_shape("factors", factors, vocab_size, rank)
-    scale, shift, token_bias = scale.float(), shift.float(), floats(token_bias)
+    scale, shift, token_bias = scale.float().contiguous(), shift.float().contiguous(), floats(token_bias)
+    low_rank = None if projected is None or factors is None else (projected.float(), factors.float())
     softmax = _Softmax(n, vocab_size, hidden.device, top_k, temperature, entropy, dominant)
     sigmoid = _Sigmoid(n, vocab_size, hidden.device, sigmoid_top_k, threshold)
     asked = _Pass(n, vocab_size, hidden.device, (token_ids, choice_ids), softmax, sigmoid)
 
     def blocks() -> Iterator[Block]:
+        buffer = torch.empty(padded_rows(n, weight) if low_rank else 0, vocab_size, device=hidden.device)
         for rows, source, _ in head_blocks(hidden, weight, bias, logit_scale, logit_softcap):
-            addend = None
-            if projected is not None and factors is not None:
-                addend = projected[rows].float() @ factors.float().T
-            yield rows, source, Second(scale[rows].contiguous(), shift[rows].contiguous(), token_bias, addend)
+            addend = product(low_rank[0][rows], low_rank[1], buffer) if low_rank else None
+            yield rows, source, Second(scale[rows], shift[rows], token_bias, addend)
 
     asked.run(blocks())
     n_tokens = 0 if token_ids is None else token_ids.shape[1]

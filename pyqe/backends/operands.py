@@ -70,7 +70,10 @@ def checked_hidden(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def sorted_pairs(token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs (as places in the flattened ids) sorted by token, where each token's pairs start, and the tokens."""
+    """Pairs (as places in the flattened ids) sorted by token, where each token's pairs start, and the tokens.
+
+    Waits for the device, as it has to count the tokens.
+    """
     tokens, pairs = torch.sort(token_ids.reshape(-1), stable=True)
     padding = int(torch.searchsorted(tokens, 0))
     row_ids, counts = torch.unique_consecutive(tokens[padding:], return_counts=True)

@@ -82,14 +82,20 @@ def _gather(logits: Tensor, ids: Tensor) -> Tensor:
     return found.masked_fill((ids < 0) | (ids >= logits.shape[1]), torch.nan)
 
 
-def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    """Raise IndexError if an id is neither -1 (padding) nor in [0, vocab_size).
+def out_of_range(ids: Tensor, vocab_size: int) -> Tensor:
+    """True for an id that is neither -1 (padding) nor in [0, vocab_size)."""
+    return (ids < -1) | (ids >= vocab_size)
 
-    Not on a GPU, where looking would wait for the device: the row becomes NaN there.
+
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise IndexError if an id is out of range.
+
+    Not on a GPU, where looking would wait for the device: the row becomes NaN there, its gradient too, and adds nothing
+    to the gradients of weight and bias.
     """
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
-    bad = (ids < -1) | (ids >= vocab_size)
+    bad = out_of_range(ids, vocab_size)
     if bool(bad.any()):
         place = bad.nonzero()[0].tolist()
         raise IndexError(
@@ -122,13 +128,17 @@ def linear_token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias:
 
 def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     """grad [N, K] -> [N, D]: ``sum_k grad_nk * weight_id``; padding contributes nothing."""
-    grad = grad.masked_fill(token_ids < 0, 0.0)
-    rows = weight[token_ids.clamp(min=0)].to(grad.dtype)
+    check_ids("token_ids", token_ids, weight.shape[0])
+    grad = grad.masked_fill(token_ids == -1, 0.0).masked_fill(out_of_range(token_ids, weight.shape[0]), torch.nan)
+    rows = weight[token_ids.clamp(0, weight.shape[0] - 1)].to(grad.dtype)
     return (grad[:, :, None] * rows).sum(1).to(weight.dtype)
 
 
 def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the weight rows that were touched: their token ids [U], ascending, and the rows [U, D]."""
+    """Gradient of the weight rows that were touched: their token ids [U], ascending, and the rows [U, D].
+
+    Negative ids count for nothing.
+    """
     flat = token_ids.reshape(-1)
     pairs = (flat >= 0).nonzero()[:, 0]
     row_ids, row_of_pair = torch.unique(flat[pairs], return_inverse=True)
@@ -140,6 +150,8 @@ def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> t
 
 def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vocab_size: int) -> Tensor:
     """The same gradient as a dense [V, D] tensor."""
+    check_ids("token_ids", token_ids, vocab_size)
+    token_ids = token_ids.masked_fill(out_of_range(token_ids, vocab_size), -1)
     row_ids, rows = token_logits_grad_rows(grad, hidden, token_ids)
     return rows.new_zeros(vocab_size, hidden.shape[1]).index_copy_(0, row_ids, rows)
 
@@ -505,7 +517,8 @@ def sample_rows(
     excluded = targets[:, None]
     if exclude:
         excluded = torch.cat([excluded, _dominant(logits, maximum, log_sum, DominantRule.parse(exclude))[0]], 1)
-    allowed = ~maximum.isnan()[:, None] & ~_mark(logits, excluded)
+    valid = ~maximum.isnan() & ~out_of_range(targets, logits.shape[1])
+    allowed = valid[:, None] & ~_mark(logits, excluded)
 
     def weights_of(source: str) -> Tensor:
         if source == "softmax":  # relative to the best token allowed, far below the dominant ones as it may be
@@ -597,6 +610,10 @@ def linear_vocab_bce(
         bias [V], scale [N] and shift [N]; empty where not asked for or the argument is None.
     """
     check_optional_ids(weight.shape[0], targets=targets, exclude=exclude_ids)
+    bad = out_of_range(targets, weight.shape[0])
+    if exclude_ids is not None:
+        bad = bad | out_of_range(exclude_ids, weight.shape[0]).any(1)
+    row_weights = row_weights.masked_fill(bad, 0.0)  # nothing for the gradients of weight and bias
     dtype = compute_dtype(hidden, weight, bias)
     wide_weight = weight.to(dtype)
     total_grad_weight = torch.zeros_like(weight, dtype=dtype) if grad_weight else None
@@ -624,7 +641,10 @@ def linear_vocab_bce(
             grad.sum(1),
         )
         parts.append(tuple(column[: rows.stop - rows.start] for column in columns))
-    losses, total_grad_hidden, grad_scale, grad_shift = (torch.cat(column) for column in zip(*parts, strict=True))
+    losses, total_grad_hidden, grad_scale, grad_shift = (
+        torch.cat(column).masked_fill(bad.view(-1, *[1] * (column[0].dim() - 1)), torch.nan)
+        for column in zip(*parts, strict=True)
+    )
 
     def result(grad: Tensor | None, like: Tensor | None) -> Tensor:
         return hidden.new_empty(0) if grad is None or like is None else grad.to(like.dtype)

@@ -50,13 +50,11 @@ class Backend:
         if operation not in self.operations:
             return f"it has no {operation}"
         for tensor in args:
-            if not isinstance(tensor, Tensor):
-                continue
+            if not isinstance(tensor, Tensor) or tensor.dim() == 0:
+                continue  # without dimensions it is a number, such as a seed: any device and dtype will do
             if self.devices is not None and tensor.device.type not in self.devices:
                 return f"it serves {', '.join(sorted(self.devices))} tensors, got {tensor.device.type}"
-            # a tensor without dimensions is a number, such as beta, whatever the data's dtype
-            data = tensor.is_floating_point() and tensor.dim() > 0
-            if self.dtypes is not None and data and tensor.dtype not in self.dtypes:
+            if self.dtypes is not None and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
                 return f"it serves {', '.join(sorted(map(str, self.dtypes)))}, got {tensor.dtype}"
         return self.unavailable
 
@@ -129,7 +127,7 @@ def _preferred(operation: str, args: tuple[Any, ...]) -> Iterator[Backend]:
     """Backends in the order that "auto" tries them."""
     first = next((arg for arg in args if isinstance(arg, Tensor)), None)
     if first is not None and first.device.type == "cuda" and first.dim() > 0:
-        yield _BACKENDS[preferences.backend_for(operation, first.shape[0], args)]
+        yield _BACKENDS[preferences.backend_for(operation, first.shape[0], first.dtype, args)]
     yield from _BACKENDS.values()
 
 

@@ -1,6 +1,6 @@
 """Token logits, their gradients and vocabulary BCE on the Triton kernels; the arguments are those of reference.py.
 
-Ids out of range give NaN in their row; they have no row in a gradient of the weight. Only
+Ids out of range give NaN in their row and add nothing to a gradient of the weight. Only
 :func:`token_logits_grad_rows`, whose results have as many rows as there are tokens, waits for the device.
 """
 
@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from pyqe.backends import reference
-from pyqe.backends.operands import check_rows, check_shape, checked_head, checked_hidden, on_its_device, rows_of
+from pyqe.backends.operands import (
+    check_rows,
+    check_shape,
+    checked_head,
+    checked_hidden,
+    on_its_device,
+    rows_of,
+    sorted_pairs,
+)
 from pyqe.kernels import token_logits
 from pyqe.kernels.vocab_bce import vocab_bce
 
@@ -33,12 +41,11 @@ def token_logits_grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) ->
 @on_its_device
 def token_logits_grad_rows(grad: Tensor, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     hidden = checked_hidden(grad, hidden, token_ids)
-    tokens, pairs = torch.sort(token_ids.reshape(-1), stable=True)
-    padding = int((tokens < 0).sum())
-    tokens, pairs = tokens[padding:], pairs[padding:]
-    row_ids, out_rows = torch.unique_consecutive(tokens, return_inverse=True)
+    pairs, starts, row_ids = sorted_pairs(token_ids)
     out = hidden.new_empty(len(row_ids), hidden.shape[1])
-    token_logits.add_pairs(grad.float().contiguous(), hidden, tokens, pairs, out_rows, out)
+    places = torch.arange(len(row_ids), device=row_ids.device)
+    rows = torch.repeat_interleave(places, starts.diff(), output_size=len(pairs))
+    token_logits.add_pairs(grad.float().contiguous(), hidden, rows, pairs, out)
     return row_ids, out
 
 
@@ -48,7 +55,7 @@ def token_logits_grad_weight(grad: Tensor, hidden: Tensor, token_ids: Tensor, vo
     hidden = checked_hidden(grad, hidden, token_ids)
     tokens, pairs = torch.sort(token_ids.reshape(-1), stable=True)
     out = hidden.new_zeros(vocab_size, hidden.shape[1])
-    token_logits.add_pairs(grad.float().contiguous(), hidden, tokens, pairs, tokens, out)
+    token_logits.add_pairs(grad.float().contiguous(), hidden, tokens, pairs, out)
     return out
 
 

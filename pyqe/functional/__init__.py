@@ -4,7 +4,8 @@
 [N, V] logits; their namesakes without it take logits [..., V] that exist already. Numbers are float32 (float64 where an
 input is), ids int64 with -1 as padding. Every operation is a torch operator (``torch.ops.pyqe``), works under
 ``torch.compile(fullgraph=True)`` and runs on the backend that :func:`pyqe.use_backend` chooses. An id out of range
-raises ``IndexError`` on the CPU and gives NaN for its row on a GPU.
+raises ``IndexError`` on the CPU. On a GPU, where looking would wait for the device, it gives NaN for its row, in the
+gradient of the hidden states too, and adds nothing to the gradients of weight and bias.
 """
 
 from __future__ import annotations

@@ -69,11 +69,18 @@ def check_top_k(top_k: int) -> None:
         raise ValueError(f"top_k: expected 0 or more, got {top_k}")
 
 
+def number_like(value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor on the device of ``like``; a plain one is filled in there, as copying it would wait."""
+    if isinstance(value, (int, float)):
+        return torch.full((), value, dtype=dtype, device=like.device)
+    return torch.as_tensor(value, dtype=dtype, device=like.device)
+
+
 def per_row(value: Tensor | float | None, rows: torch.Size, like: Tensor, name: str) -> Tensor | None:
     """A number per row [N], from one that broadcasts to the rows [...]."""
     if value is None:
         return None
-    tensor = torch.as_tensor(value, dtype=compute_dtype(like), device=like.device)
+    tensor = number_like(value, like, compute_dtype(like))
     try:
         return tensor.expand(rows).reshape(-1)
     except RuntimeError:

@@ -292,9 +292,10 @@ def _token_logits_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def grad_bias(grad: Tensor, token_ids: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """Gradient [V] of a bias that was gathered at the ids [N, K]."""
-    grad = grad.masked_fill(token_ids < 0, 0.0).reshape(-1)
-    return grad.new_zeros(vocab_size).index_add_(0, token_ids.reshape(-1).clamp(min=0), grad).to(dtype)
+    """Gradient [V] of a bias that was gathered at the ids [N, K]; ids that are no tokens have none."""
+    grad = grad.masked_fill((token_ids < 0) | (token_ids >= vocab_size), 0.0).reshape(-1)
+    ids = token_ids.reshape(-1).clamp(0, vocab_size - 1)
+    return grad.new_zeros(vocab_size).index_add_(0, ids, grad).to(dtype)
 
 
 def _token_logits_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

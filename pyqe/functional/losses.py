@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyqe.backends.reference import compute_dtype
 from pyqe.dominant import DominantRule
-from pyqe.functional._arguments import check_ids, head_matrix, id_matrix, per_row
+from pyqe.functional._arguments import check_ids, head_matrix, id_matrix, number_like, per_row
 from pyqe.functional.softmax import linear_dominant_tokens
 from pyqe.functional.token_logits import linear_token_logits
 
@@ -56,7 +56,7 @@ def sampled_bce(
     losses = binary_cross_entropy_with_logits(
         logits,
         labels.to(logits.dtype),
-        pos_weight=torch.as_tensor(pos_weight, dtype=logits.dtype, device=logits.device),
+        pos_weight=number_like(pos_weight, logits, logits.dtype),
         reduction="none",
     )
     losses = losses * (present if weights is None else present * weights)
@@ -120,7 +120,8 @@ def linear_sampled_bce(
     labels[..., 0] = 1
     logits = scale * linear_token_logits(hidden, weight, ids, sparse_grad=sparse_grad).masked_fill(ids < 0, 0.0) + shift
     if bias is not None:
-        logits = logits + bias[ids.clamp(min=0)]
+        outside = (ids < 0) | (ids >= len(bias))  # on a GPU nothing has refused them
+        logits = logits + bias[ids.clamp(0, len(bias) - 1)].masked_fill(outside, 0.0)
     return sampled_bce(logits, ids, labels, pos_weight=pos_weight, reduction=reduction)
 
 

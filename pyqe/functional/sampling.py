@@ -15,10 +15,11 @@ def _sampler_options(
     targets: Tensor, sampler: NegativeSampler, vocab_size: int, generator: torch.Generator | None
 ) -> tuple[Any, ...]:
     check_ids(targets, "targets")
-    counts = sampler.unigram_counts
+    counts = sampler.counts_on(targets.device)
     if counts is not None and len(counts) != vocab_size:
         raise ValueError(f"sampler.unigram_counts: expected [{vocab_size}], got {list(counts.shape)}")
-    device = "cpu" if generator is None else generator.device
+    # drawn beside the tokens, so that every replay of a CUDA graph draws another one, and nobody waits for it
+    device = targets.device if generator is None else generator.device
     seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
     return (
         targets.reshape(-1),
@@ -29,7 +30,7 @@ def _sampler_options(
         sampler.combination,
         sampler.temperature,
         rule_spec(sampler.exclude),
-        None if counts is None else counts.to(targets.device),
+        counts,
     )
 
 
@@ -72,7 +73,8 @@ def linear_sample_negatives(
         weight: [V, D] of the LM's head: softmax source and dominant tokens come from it.
         targets: int64 [...]; -1 excludes nothing.
         sampler: sources, temperature, number and exclusion; see :class:`pyqe.NegativeSampler`.
-        generator: default torch's own.
+        generator: default torch's own of the device. A CUDA graph captures the number that a generator of the CPU
+            gave: every replay draws the same negatives.
         bias, logit_scale, logit_softcap: of the LM's head, as in :func:`linear_softmax_stats`.
 
     Returns:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyqe.functional._arguments import check_floats, class_labels, head_matrix, logit_matrix, row_labels
+from pyqe.functional._arguments import check_floats, class_labels, head_matrix, logit_matrix, number_like, row_labels
 from pyqe.functional.results import TemperatureNLL
 
 
@@ -67,6 +67,13 @@ def temperature_scale(probs: Tensor, temperature: Tensor | float, *, eps: float 
     return torch.softmax(inverse_softmax(probs, eps=eps) / temperature, -1)
 
 
+def _inverse_temperature(beta: Tensor | float, like: Tensor) -> Tensor:
+    """beta in float64; a tensor without dimensions may stay on the CPU."""
+    if isinstance(beta, Tensor) and beta.dim() == 0:
+        return beta.double()
+    return number_like(beta, like, torch.float64)
+
+
 def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor | float = 1.0) -> TemperatureNLL:
     r"""Mean NLL of :math:`\mathrm{softmax}(\beta z)` and its first two derivatives in :math:`\beta = 1/T`, in one pass.
 
@@ -85,9 +92,8 @@ def temperature_nll(logits: Tensor, labels: Tensor, beta: Tensor | float = 1.0) 
         >>> temperature_nll(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).nll
         tensor(0.6931, dtype=torch.float64)
     """
-    matrix = logit_matrix(logits)
-    beta = torch.as_tensor(beta, dtype=torch.float64, device=logits.device)
-    return TemperatureNLL(*torch.ops.pyqe.temperature_nll(matrix, class_labels(labels, logits), beta))
+    matrix, labels = logit_matrix(logits), class_labels(labels, logits)
+    return TemperatureNLL(*torch.ops.pyqe.temperature_nll(matrix, labels, _inverse_temperature(beta, matrix)))
 
 
 def linear_temperature_nll(
@@ -119,7 +125,5 @@ def linear_temperature_nll(
         tensor(5.0000, dtype=torch.float64)
     """
     matrix, labels = head_matrix(hidden, weight, bias), row_labels(labels, hidden.shape[:-1])
-    beta = torch.as_tensor(beta, dtype=torch.float64, device=hidden.device)
-    return TemperatureNLL(
-        *torch.ops.pyqe.linear_temperature_nll(matrix, weight, bias, logit_scale, logit_softcap, labels, beta)
-    )
+    options = (logit_scale, logit_softcap, labels, _inverse_temperature(beta, matrix))
+    return TemperatureNLL(*torch.ops.pyqe.linear_temperature_nll(matrix, weight, bias, *options))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyqe.backends.reference import compute_dtype
-from pyqe.functional._arguments import class_labels, head_matrix, logit_matrix, row_labels
+from pyqe.functional._arguments import class_labels, head_matrix, logit_matrix, number_like, row_labels
 from pyqe.functional.results import TemperatureFit
 from pyqe.functional.softmax import linear_softmax_stats
 
@@ -101,7 +101,7 @@ def _fit(
     """The fit, given the NLL with its derivatives at an inverse temperature, float64 on the device of ``like``."""
 
     def evaluate(beta: float) -> _Point:
-        return _Point(beta, *torch.stack(nll(torch.tensor(beta, dtype=torch.float64, device=like.device))).tolist())
+        return _Point(beta, *torch.stack(nll(number_like(beta, like, torch.float64))).tolist())
 
     start = evaluate(1.0)
     if not math.isfinite(start.nll):

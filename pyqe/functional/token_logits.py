@@ -28,7 +28,8 @@ class _SparseTokenLogits(torch.autograd.Function):
         grad_hidden = torch.ops.pyqe.token_logits_grad_hidden(grad, weight, token_ids) if needs_hidden else None
         grad_weight = None
         if needs_weight:
-            row_ids, rows = torch.ops.pyqe.token_logits_grad_rows(grad, hidden, token_ids)
+            ids = token_ids.masked_fill(token_ids >= len(weight), -1)  # on a GPU nothing has refused them
+            row_ids, rows = torch.ops.pyqe.token_logits_grad_rows(grad, hidden, ids)
             grad_weight = torch.sparse_coo_tensor(
                 row_ids[None], rows, weight.shape, is_coalesced=True, check_invariants=False
             )

@@ -82,12 +82,12 @@ def config_for(kernel: str, like: Tensor) -> Config:
 def product_kind(dtype: torch.dtype) -> str:
     """How matrix products of a dtype are computed: "half", "tf32" or "ieee", as the table of configs calls it.
 
-    float32 is exact ("ieee", without tensor cores) unless ``torch.set_float32_matmul_precision`` allows less than
-    "highest", as for torch's own products.
+    float32 is exact ("ieee", without tensor cores) unless torch's setting allows tf32 for its own products:
+    ``torch.backends.cuda.matmul.fp32_precision``, which ``torch.set_float32_matmul_precision`` sets as well.
     """
     if dtype != torch.float32:
         return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "ieee" if torch.backends.cuda.matmul.fp32_precision in ("ieee", "none") else "tf32"
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def _finish_tokens(
         tl.store(place, tl.where(inside & valid, z, float("nan")), mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_parts", "vocab_size", "n_ids"])
+@triton.jit(do_not_specialize=["n_rows", "n_parts", "vocab_size", "n_ids", "ids_stride", "logits_stride"])
 def softmax_kernel(
     partials, max_logit, max_logprob, argmax, entropy, tempered_logsumexp,  # [slots, n_parts, N], then [N] each
     ids, caught, logits,  # [N, n_ids], [N, n_ids], [N, V] or None
@@ -88,7 +88,7 @@ def softmax_kernel(
     _finish_tokens(valid, rows, row_mask, vocab_size, ids, ids_stride, n_ids, caught, logits, logits_stride)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_parts", "vocab_size", "n_ids"])
+@triton.jit(do_not_specialize=["n_rows", "n_parts", "vocab_size", "n_ids", "ids_stride", "logits_stride"])
 def sigmoid_kernel(
     partials, max_logit, argmax, sum_prob, count_above,  # [slots, n_parts, N], then [N] each
     ids, caught, logits,  # [N, n_ids], [N, n_ids], [N, V] or None
@@ -130,7 +130,7 @@ def _label_logit(label, rows, vocab_size, caught, logits, logits_stride, slope):
     return tl.where(inside, z, float("nan"))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_parts", "vocab_size"])
+@triton.jit(do_not_specialize=["n_rows", "n_parts", "vocab_size", "labels_stride", "logits_stride"])
 def moments_kernel(
     partials, losses, first, second,  # [slots, n_parts, N], then [N] each
     labels, caught, logits,  # [N, 1] or None, [N, 1] or None, [N, V] or None

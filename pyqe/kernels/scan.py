@@ -103,7 +103,7 @@ def _by_token(vector, columns, vocab_size):
     return tl.load(vector + columns, mask=columns < vocab_size, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit(do_not_specialize=["n_rows", "vocab_size", "n_ids", "n_token_ids", "rank", "n_ranges"])
+@triton.jit(do_not_specialize=["n_rows", "vocab_size", "n_ids", "n_token_ids", "rank", "n_ranges", "ids_stride"])
 def scan_kernel(
     hidden, weight, bias,  # [N, D], [V, D], [V]
     row_scale, row_shift, token_bias, projected, factors,  # [N], [N], [V], [N, rank], [V, rank], float32

@@ -26,7 +26,7 @@ def tile_sizes(gathered: int, dim: int) -> dict[str, int]:
     return {"BLOCK_K": rows, "BLOCK_D": min(triton.next_power_of_2(dim), _LANES // rows, 1024)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "vocab_size"])
 def forward_kernel(
     hidden,  # [N, D]
     weight,  # [V, D]
@@ -58,7 +58,7 @@ def forward_kernel(
     tl.store(out + row * k + columns, tl.where(valid, logits, float("nan")), mask=columns < k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "vocab_size"])
 def grad_hidden_kernel(
     grad,  # [N, K] float32
     weight,  # [V, D]
@@ -79,20 +79,19 @@ def grad_hidden_kernel(
         ids = tl.load(token_ids + row * k + columns, mask=columns < k, other=-1)
         valid = (ids >= 0) & (ids < vocab_size)
         factor = tl.load(grad + row * k + columns, mask=valid, other=0.0)
-        factor = tl.where(ids >= vocab_size, float("nan"), factor)
+        factor = tl.where(valid | (ids == -1), factor, float("nan"))
         rows = weight + tl.where(valid, ids, 0) * weight_stride
         w = tl.load(rows[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
         total += factor[:, None] * w
     tl.store(out + row * dim + d, narrowed(tl.sum(total, 0), out), mask=d < dim)
 
 
-@triton.jit(do_not_specialize=["n_pairs", "n_rows"])
+@triton.jit(do_not_specialize=["n_pairs", "n_rows", "k"])
 def add_pairs_kernel(
     grad,  # [N * K] float32
     hidden,  # [N, D]
-    tokens,  # [P] sorted; negative ones are padding
-    pairs,  # [P] places of the tokens in grad
-    out_rows,  # [P] the row of out that belongs to the token
+    out_rows,  # [P] sorted rows of out; negative ones are padding
+    pairs,  # [P] their places in grad
     out,  # [rows, D]
     n_pairs,
     n_rows,
@@ -102,12 +101,11 @@ def add_pairs_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Row of one token, if its first pair is this program's; runs of equal tokens go through BLOCK_K at a time."""
+    """A row, if its first pair is this program's; the pairs of a row go through BLOCK_K at a time."""
     first = tl.program_id(0)
-    token = tl.load(tokens + first)
-    previous = tl.load(tokens + first - 1, mask=first > 0, other=-1)
-    out_row = tl.load(out_rows + first)
-    if (token < 0) | (token == previous) | (out_row >= n_rows):
+    row = tl.load(out_rows + first)
+    previous = tl.load(out_rows + first - 1, mask=first > 0, other=-1)
+    if (row < 0) | (row == previous) | (row >= n_rows):
         return
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
@@ -115,15 +113,15 @@ def add_pairs_kernel(
     more = True
     while more:
         places = start + tl.arange(0, BLOCK_K)
-        inside = tl.load(tokens + places, mask=places < n_pairs, other=-1) == token
+        inside = tl.load(out_rows + places, mask=places < n_pairs, other=-1) == row
         pair = tl.load(pairs + places, mask=inside, other=0)
         factor = tl.load(grad + pair, mask=inside, other=0.0)
-        rows = hidden + (pair // k) * hidden_stride
-        h = tl.load(rows[:, None] + d[None, :], mask=inside[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
+        near = hidden + (pair // k) * hidden_stride
+        h = tl.load(near[:, None] + d[None, :], mask=inside[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
         total += factor[:, None] * h
         start += BLOCK_K
-        more = tl.load(tokens + start, mask=start < n_pairs, other=-1) == token
-    tl.store(out + out_row * dim + d, narrowed(tl.sum(total, 0), out), mask=d < dim)
+        more = tl.load(out_rows + start, mask=start < n_pairs, other=-1) == row
+    tl.store(out + row * dim + d, narrowed(tl.sum(total, 0), out), mask=d < dim)
 
 
 def token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None) -> Tensor:
@@ -140,7 +138,7 @@ def token_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor
 
 
 def grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    """grad float32 [N, K], weight [V, D] with contiguous rows -> [N, D]; NaN in rows with an id beyond V."""
+    """grad float32 [N, K], weight [V, D] with contiguous rows -> [N, D]; NaN in rows with an id out of range."""
     (n, k), (vocab_size, dim) = token_ids.shape, weight.shape
     out = torch.empty(n, dim, dtype=weight.dtype, device=weight.device)
     if out.numel():
@@ -151,21 +149,20 @@ def grad_hidden(grad: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     return out
 
 
-def add_pairs(grad: Tensor, hidden: Tensor, tokens: Tensor, pairs: Tensor, out_rows: Tensor, out: Tensor) -> None:
-    """Write the sum over a token's pairs of ``grad * hidden`` to the row of ``out`` that belongs to the token.
+def add_pairs(grad: Tensor, hidden: Tensor, out_rows: Tensor, pairs: Tensor, out: Tensor) -> None:
+    """Write the sum over a row's pairs of ``grad * hidden`` to that row of ``out``.
 
     Args:
         grad: float32 [N, K], contiguous.
         hidden: [N, D] with contiguous rows.
-        tokens: int64 [P], sorted; pairs with a negative one are left out.
-        pairs: int64 [P], the tokens' places in ``grad.reshape(-1)``.
-        out_rows: int64 [P]; tokens with a row beyond ``out`` are left out.
-        out: [rows, D], contiguous; rows without a token stay as they are.
+        out_rows: int64 [P], the pairs' rows of ``out``, sorted; those outside it are left out.
+        pairs: int64 [P], their places in ``grad.reshape(-1)``.
+        out: [rows, D], contiguous; rows without a pair stay as they are.
     """
-    if tokens.numel() and out.numel():
+    if out_rows.numel() and out.numel():
         dim = hidden.shape[1]
         tile = tile_sizes(_MAX_ROWS, dim)
-        sizes = len(tokens), len(out), grad.shape[1], dim, hidden.stride(0)
-        add_pairs_kernel[len(tokens), triton.cdiv(dim, tile["BLOCK_D"])](
-            grad, hidden, tokens, pairs, out_rows, out, *sizes, **tile, **FUSED
+        sizes = len(out_rows), len(out), grad.shape[1], dim, hidden.stride(0)
+        add_pairs_kernel[len(out_rows), triton.cdiv(dim, tile["BLOCK_D"])](
+            grad, hidden, out_rows, pairs, out, *sizes, **tile, **FUSED
         )

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyqe.backends.reference import out_of_range
 from pyqe.kernels.common import (
     FUSED,
     INTERPRETED,
@@ -252,12 +253,13 @@ class _Rows:
     """What belongs to the rows of a call."""
 
     scale: Tensor | None  # [N], float32, as all of these
-    shift: Tensor  # [N], NaN for rows with an id out of range
-    weights: Tensor  # [N]
+    shift: Tensor  # [N]
+    weights: Tensor  # [N], 0 for bad rows
     factors: Tensor  # [N]: G = factors * g
     unit: Tensor | None  # what products with G are to be multiplied with; None for 1
     targets: Tensor  # [N], int64
     excluded: Tensor | None  # [N, M], int32, sorted
+    bad: Tensor  # [N], bool: rows with an id out of range, whose results are NaN
 
     @staticmethod
     def of(
@@ -270,17 +272,17 @@ class _Rows:
         weights: Tensor,
         pos_weight: float,
     ) -> _Rows:
-        bad = (targets < -1) | (targets >= vocab_size)
+        bad = out_of_range(targets, vocab_size)
         excluded = None
         if exclude_ids is not None and exclude_ids.shape[1]:
-            bad = bad | ((exclude_ids < -1) | (exclude_ids >= vocab_size)).any(1)
+            bad = bad | out_of_range(exclude_ids, vocab_size).any(1)
             ids = exclude_ids.masked_fill((exclude_ids < 0) | (exclude_ids >= vocab_size), _NO_TOKEN.value)
             excluded = torch.sort(ids.int(), 1).values
         shift = torch.zeros_like(weights, dtype=torch.float32) if shift is None else shift.float()
-        weights = weights.float().contiguous()
+        weights = weights.float().masked_fill(bad, 0.0)
         scale = None if scale is None else scale.float().contiguous()
         factors, unit = _factors(weights if scale is None else weights * scale, pos_weight, hidden.dtype)
-        return _Rows(scale, shift.masked_fill(bad, torch.nan), weights, factors, unit, targets.contiguous(), excluded)
+        return _Rows(scale, shift.contiguous(), weights, factors, unit, targets.contiguous(), excluded, bad)
 
 
 def _factors(factors: Tensor, pos_weight: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -460,6 +462,9 @@ def vocab_bce(
         chunks.compute(start)
         chunks.write_grad_weight(start, d_weight)
 
+    if grad_hidden:
+        d_hidden.masked_fill_(rows.bad[:, None], torch.nan)
+    sums.masked_fill_(rows.bad, torch.nan)
     losses = sums[0].float()
     return (
         (losses * rows.weights).sum(),

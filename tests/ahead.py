@@ -48,6 +48,8 @@ def compile_for(
 ) -> Compiled:
     """Compile a kernel as its launcher would for tensors whose addresses, strides and hidden size are multiples of 16.
 
+    The launcher tells the compiler so unless the kernel asks it not to.
+
     Args:
         architecture: "sm_80" or "sm_90".
         kernel: of ``triton.jit``.
@@ -59,9 +61,10 @@ def compile_for(
     constants = {**constants, **config.blocks}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.endswith("_stride") or name == "dim"
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in kernel.params
+        if signature[parameter.name].startswith("*")
+        or (not parameter.do_not_specialize and (parameter.name.endswith("_stride") or parameter.name == "dim"))
     }
     capability = int(architecture.removeprefix("sm_"))
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **options}
