@@ -34,6 +34,7 @@ _LAST_CASE = 45.0  # seconds for a case that has started when the budget ends
 _TAIL_LINES = 15
 # The suite makes Triton compile some 400 variants of its kernels, a second or two each: it is shared among processes.
 _MOST_SHARES, _OTHER_PROCESSES = 12, 3  # the others are those of the sanitizer
+_GRAVITY = ("ok", "timed out", "failed")
 _MODULES = (
     *("torch", "triton", "numpy", "transformers", "safetensors", "huggingface_hub", "jinja2", "markupsafe", "yaml"),
     *("click", "tqdm", "pytest", "setuptools", "pybind11"),
@@ -161,18 +162,17 @@ class Run:
         return self.call(name, seconds, Command([sys.executable, *arguments], variables))
 
     def together(self, name: str, seconds: float, commands: Sequence[Command]) -> Outcome:
-        """Run pytests at the same time; their outputs follow each other in the step's log."""
+        """Run pytests at the same time; their outputs follow each other in the step's log, those that failed last."""
         names = [f"{name}-{number}" for number in range(len(commands))]
         with ThreadPoolExecutor(len(commands)) as pool:
             outcomes = list(pool.map(self.call, names, [seconds] * len(names), commands))
-        logs = [self.out / f"{part}.log" for part in names]
+        ended = sorted(zip(outcomes, names, strict=True), key=lambda pair: _GRAVITY.index(pair[0].status))
+        logs = [self.out / f"{part}.log" for _, part in ended]
         whole = "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
         (self.out / f"{name}.log").write_text(whole, encoding="utf-8")
         for log in logs:
             log.unlink()
-        bad = [outcome for outcome in outcomes if outcome.status != "ok"]
-        failed = [outcome for outcome in bad if outcome.status == "failed"]
-        worst = (failed or bad or outcomes)[0]
+        worst = ended[-1][0]
         return Outcome(worst.status, ", ".join(filter(None, [worst.message, _counted(whole)])))
 
     def _build(self, seconds: float) -> Outcome:
@@ -186,7 +186,8 @@ class Run:
     def _compile(self, seconds: float) -> Outcome:
         """Every kernel for every architecture, without a GPU."""
         tests = [f"tests/test_{name}.py" for name in ("triton", "triton_losses", "cuda")]
-        return self.python("compile", seconds, "-m", "pytest", *tests, "-k", "compile or nvcc or one_order")
+        words = [sys.executable, "-m", "pytest", *tests, "-k", "compile or nvcc or one_order"]
+        return self.together("compile", seconds, [Command(words)])
 
     def _list(self, seconds: float) -> Outcome:
         outcome = self.python("list", seconds, *self._bench_command(), "--list")
@@ -199,7 +200,7 @@ class Run:
     def _conformance(self, seconds: float) -> Outcome:
         count = max(1, min(_MOST_SHARES, (os.cpu_count() or 1) - _OTHER_PROCESSES))
         tests = ["tests/test_conformance.py", "tests/test_gpu.py"]
-        words = [sys.executable, "-m", "pytest", "-vv", *tests, "-k", "triton or cuda"]
+        words = [sys.executable, "-m", "pytest", "-vv", *tests, "-k", "triton or cuda or devices"]
         variables = [{"PYQE_TEST_SHARE": f"{number}/{count}", "OMP_NUM_THREADS": "1"} for number in range(count)]
         return self.together("conformance", seconds, [Command(words, own) for own in variables])
 
