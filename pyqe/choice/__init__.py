@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HOMES: dict[str, str] = {}
+if TYPE_CHECKING:
+    from pyqe.choice.abstention import AbstentionPolicy
+    from pyqe.choice.study import AbstentionResult, CorrelationStudy, Evaluation, correlation_study, evaluate
 
-__all__: list[str] = []
+_HOMES: dict[str, str] = {
+    "AbstentionPolicy": "pyqe.choice.abstention",
+    "AbstentionResult": "pyqe.choice.study",
+    "CorrelationStudy": "pyqe.choice.study",
+    "Evaluation": "pyqe.choice.study",
+    "correlation_study": "pyqe.choice.study",
+    "evaluate": "pyqe.choice.study",
+}
+
+__all__ = [
+    "AbstentionPolicy",
+    "AbstentionResult",
+    "CorrelationStudy",
+    "Evaluation",
+    "correlation_study",
+    "evaluate",
+]
 
 
 def __getattr__(name: str) -> Any:

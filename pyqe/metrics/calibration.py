@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import fft, special
 
-from pyqe._arrays import Floats, Integers, Missing
+from pyqe._arrays import Floats, Integers, Missing, vector
 from pyqe.metrics._inputs import answers, distributions
 
 Strategy = Literal["uniform", "quantile"]
@@ -66,7 +66,7 @@ def reliability_curve(
     correct: Any,
     confidence: Any,
     *,
-    n_bins: int = 10,
+    n_bins: int | ArrayLike = 10,
     strategy: Strategy = "uniform",
     confidence_level: float = 0.95,
     missing: Missing = "raise",
@@ -76,7 +76,7 @@ def reliability_curve(
     Args:
         correct: [N], in [0, 1].
         confidence: [N], in [0, 1].
-        n_bins: B.
+        n_bins: B; or the edges of the bins, ascending, which must span the confidences.
         strategy: bins of equal width in [0, 1] ("uniform"), or between quantiles of the confidences ("quantile"): equal
             mass but for ties, which are kept in one bin, so that the order of the rows is of no account.
         confidence_level: of the intervals.
@@ -100,7 +100,7 @@ def expected_calibration_error(
     correct: Any,
     confidence: Any,
     *,
-    n_bins: int = 10,
+    n_bins: int | ArrayLike = 10,
     strategy: Strategy = "uniform",
     weighted: bool = True,
     missing: Missing = "raise",
@@ -110,7 +110,7 @@ def expected_calibration_error(
     Args:
         correct: [N], in [0, 1].
         confidence: [N], in [0, 1]; exactly 1 counts.
-        n_bins: number of bins.
+        n_bins: number of bins, or their edges; see :func:`reliability_curve`.
         strategy: "uniform" or "quantile"; see :func:`reliability_curve`.
         weighted: each bin counts by its size; otherwise all that are not empty count alike.
         missing: "raise": NaN is an error; "omit": rows with NaN are left out.
@@ -123,7 +123,7 @@ def expected_calibration_error(
         TypeError, ValueError: wrong type, shape or range; no rows.
 
     Source: Naeini et al. 2015; Guo et al. 2017 (arXiv 1706.04599). ``strategy="quantile", weighted=False`` is the
-    calibration error of Plaut et al. 2024 (arXiv 2402.13213).
+    calibration error of Plaut et al. 2024 (arXiv 2402.13213), who leave out answers with a confidence of exactly 1.
 
     Example:
         >>> expected_calibration_error([1, 1, 0, 1], [1.0, 1.0, 0.5, 0.5])
@@ -134,7 +134,12 @@ def expected_calibration_error(
 
 
 def maximum_calibration_error(
-    correct: Any, confidence: Any, *, n_bins: int = 10, strategy: Strategy = "uniform", missing: Missing = "raise"
+    correct: Any,
+    confidence: Any,
+    *,
+    n_bins: int | ArrayLike = 10,
+    strategy: Strategy = "uniform",
+    missing: Missing = "raise",
 ) -> float:
     """Largest distance between accuracy and confidence of a bin (MCE).
 
@@ -152,14 +157,14 @@ def maximum_calibration_error(
 
 
 def classwise_calibration_error(
-    labels: Any, probs: Any, *, n_bins: int = 10, strategy: Strategy = "uniform", missing: Missing = "raise"
+    labels: Any, probs: Any, *, n_bins: int | ArrayLike = 10, strategy: Strategy = "uniform", missing: Missing = "raise"
 ) -> float:
     """ECE of each class's probability, bins weighted by size, mean over the classes.
 
     Args:
         labels: [N], class numbers.
         probs: [N, K], in [0, 1].
-        n_bins: number of bins.
+        n_bins: number of bins, or their edges; see :func:`reliability_curve`.
         strategy: "uniform" or "quantile"; see :func:`reliability_curve`.
         missing: "raise": NaN is an error; "omit": rows with NaN are left out.
 
@@ -175,7 +180,9 @@ def classwise_calibration_error(
     return _classwise(labels, probs, n_bins, strategy, weighted=True, missing=missing)
 
 
-def adaptive_calibration_error(labels: Any, probs: Any, *, n_bins: int = 10, missing: Missing = "raise") -> float:
+def adaptive_calibration_error(
+    labels: Any, probs: Any, *, n_bins: int | ArrayLike = 10, missing: Missing = "raise"
+) -> float:
     """Calibration error of each class's probability in bins of equal mass, mean over bins and classes (ACE).
 
     Arguments and errors are those of :func:`classwise_calibration_error`. Ties stay in one bin.
@@ -272,7 +279,12 @@ def brier_score(correct: Any, confidence: Any, *, missing: Missing = "raise") ->
 
 
 def brier_decomposition(
-    correct: Any, confidence: Any, *, n_bins: int = 10, strategy: Strategy = "uniform", missing: Missing = "raise"
+    correct: Any,
+    confidence: Any,
+    *,
+    n_bins: int | ArrayLike = 10,
+    strategy: Strategy = "uniform",
+    missing: Missing = "raise",
 ) -> BrierDecomposition:
     """The Brier score taken apart, by bins of confidence.
 
@@ -285,8 +297,8 @@ def brier_decomposition(
         BrierDecomposition(reliability=0.0, resolution=0.0625, uncertainty=0.1875, within_bin=0.0)
     """
     right, sure = answers(correct, confidence, missing=missing, probability=True)
-    _, bins = _assign(sure, n_bins, strategy)
-    count, accuracy, mean = _bin_means(right, sure, bins, n_bins)
+    edges, bins = _assign(sure, n_bins, strategy)
+    count, accuracy, mean = _bin_means(right, sure, bins, len(edges) - 1)
     filled = count > 0
     share, gap = count[filled] / len(right), (accuracy - mean)[filled]
     around = sure - mean[bins]
@@ -322,7 +334,9 @@ def negative_log_likelihood(labels: Any, probs: Any, *, eps: float = 0.0, missin
         return float(-np.log(chosen).mean())
 
 
-def _classwise(labels: Any, probs: Any, n_bins: int, strategy: Strategy, *, weighted: bool, missing: Missing) -> float:
+def _classwise(
+    labels: Any, probs: Any, n_bins: int | ArrayLike, strategy: Strategy, *, weighted: bool, missing: Missing
+) -> float:
     numbers, table = distributions(labels, probs, missing=missing)
     errors = [
         _calibration_error((numbers == k).astype(np.float64), column, n_bins, strategy, weighted)
@@ -331,16 +345,20 @@ def _classwise(labels: Any, probs: Any, n_bins: int, strategy: Strategy, *, weig
     return float(np.mean(errors))
 
 
-def _calibration_error(right: Floats, sure: Floats, n_bins: int, strategy: Strategy, weighted: bool) -> float:
+def _calibration_error(
+    right: Floats, sure: Floats, n_bins: int | ArrayLike, strategy: Strategy, weighted: bool
+) -> float:
     _, count, accuracy, mean = _binned(right, sure, n_bins, strategy)
     gap = np.abs(accuracy - mean)
     return float(np.nansum(gap * count) / len(right)) if weighted else float(np.nanmean(gap))
 
 
-def _binned(right: Floats, sure: Floats, n_bins: int, strategy: Strategy) -> tuple[Floats, Integers, Floats, Floats]:
+def _binned(
+    right: Floats, sure: Floats, n_bins: int | ArrayLike, strategy: Strategy
+) -> tuple[Floats, Integers, Floats, Floats]:
     """Edges, counts, accuracy and mean confidence of the bins."""
     edges, bins = _assign(sure, n_bins, strategy)
-    return (edges, *_bin_means(right, sure, bins, n_bins))
+    return (edges, *_bin_means(right, sure, bins, len(edges) - 1))
 
 
 def _bin_means(right: Floats, sure: Floats, bins: Integers, n_bins: int) -> tuple[Integers, Floats, Floats]:
@@ -350,27 +368,41 @@ def _bin_means(right: Floats, sure: Floats, bins: Integers, n_bins: int) -> tupl
         return count, accuracy, np.bincount(bins, weights=sure, minlength=n_bins) / count
 
 
-def _assign(sure: Floats, n_bins: int, strategy: Strategy) -> tuple[Floats, Integers]:
+def _assign(sure: Floats, n_bins: int | ArrayLike, strategy: Strategy) -> tuple[Floats, Integers]:
     """Edges, and the number of each row's bin.
 
     Compared in float32: 0.7 then lies in the bin that the edge 0.7 opens whether it came as float32, as float64 or as
     the float64 7 * 0.1, which are three numbers.
     """
-    if n_bins < 1:
-        raise ValueError(f"n_bins: expected 1 or more, got {n_bins}")
-    if strategy == "uniform":
-        edges = np.arange(n_bins + 1) / n_bins
-    elif strategy == "quantile":
-        edges = np.quantile(sure, np.arange(n_bins + 1) / n_bins)
-    else:
-        raise ValueError(f"strategy: expected 'uniform' or 'quantile', got {strategy!r}")
+    edges = _edges(sure, n_bins, strategy)
     inner, single = edges[1:-1].astype(np.float32), sure.astype(np.float32)
-    if n_bins > _FEW_BINS:
+    if len(edges) > _FEW_BINS:
         return edges, np.searchsorted(inner, single, side="right")
     bins = np.zeros(len(sure), dtype=np.uint8)
     for edge in inner:
         bins += single >= edge
     return edges, bins.astype(np.int64)
+
+
+def _edges(sure: Floats, n_bins: int | ArrayLike, strategy: Strategy) -> Floats:
+    if strategy not in ("uniform", "quantile"):
+        raise ValueError(f"strategy: expected 'uniform' or 'quantile', got {strategy!r}")
+    if isinstance(n_bins, (int, np.integer)):
+        if n_bins < 1:
+            raise ValueError(f"n_bins: expected 1 or more, got {n_bins}")
+        shares = np.arange(n_bins + 1) / n_bins
+        return shares if strategy == "uniform" else np.quantile(sure, shares)
+    edges = vector(n_bins, "n_bins")
+    if len(edges) < 2 or (np.diff(edges) < 0).any():
+        raise ValueError(f"n_bins: expected a number, or two or more ascending edges, got {edges}")
+    if strategy != "uniform":
+        raise ValueError(f"strategy: {strategy!r} makes edges of its own, n_bins gives others")
+    if sure.min() < edges[0] or sure.max() > edges[-1]:
+        raise ValueError(
+            f"n_bins: expected edges that span the confidences, {sure.min():g} to {sure.max():g}, "
+            f"got {edges[0]:g} to {edges[-1]:g}"
+        )
+    return edges
 
 
 def _wilson_interval(share: Floats, count: Integers, confidence_level: float) -> tuple[Floats, Floats]:

@@ -23,7 +23,7 @@ class AurocTest:
     Attributes:
         auroc: probability that a right answer has more confidence than a wrong one; ties count half.
         p_value: of the two-sided Mann-Whitney U test: that chance alone gives an AUROC as far from .5.
-        low: lower end of the bootstrap percentile interval of the AUROC.
+        low: lower end of the bootstrap percentile interval of the AUROC; NaN where there is no interval.
         high: its upper end.
     """
 
@@ -69,7 +69,7 @@ def auroc_test(
     Args:
         correct: [N], 0 or 1.
         confidence: [N], any finite numbers.
-        n_bootstrap: resamples; the rows are sorted once, not once for each.
+        n_bootstrap: resamples; 0: no interval. The rows are sorted once, not once for each.
         confidence_level: of the interval.
         seed: of the resamples.
         missing: "raise": NaN is an error; "omit": rows with NaN are left out.
@@ -84,8 +84,8 @@ def auroc_test(
         >>> round(result.auroc, 3), round(result.p_value, 3)
         (0.889, 0.2)
     """
-    if n_bootstrap < 1:
-        raise ValueError(f"n_bootstrap: expected 1 or more, got {n_bootstrap}")
+    if n_bootstrap < 0:
+        raise ValueError(f"n_bootstrap: expected 0 or more, got {n_bootstrap}")
     if not 0 < confidence_level < 1:
         raise ValueError(f"confidence_level: expected a number between 0 and 1, got {confidence_level}")
     right, sure = answers(correct, confidence, missing=missing, binary=True)
@@ -94,6 +94,8 @@ def auroc_test(
     ranks = stats.rankdata(sure)
     area = _auroc(right, ranks)
     p_value = float(stats.mannwhitneyu(sure[right == 1], sure[right == 0]).pvalue)
+    if not n_bootstrap:
+        return AurocTest(area, p_value, np.nan, np.nan)
     resampled = _bootstrap(right, ranks, n_bootstrap, np.random.default_rng(seed))
     tail = (1 - confidence_level) / 2
     low, high = np.nanquantile(resampled, [tail, 1 - tail])
