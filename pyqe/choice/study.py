@@ -15,7 +15,6 @@ from pyqe import metrics
 from pyqe._arrays import Floats, Integers, Missing, group_names, present, vector
 from pyqe.choice.abstention import AbstentionPolicy
 
-
 _UNDEFINED = metrics.AurocTest(math.nan, math.nan, math.nan, math.nan)
 
 
