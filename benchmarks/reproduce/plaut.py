@@ -9,8 +9,8 @@ What the paper does not say, and the figures depend on:
 * Answers with a confidence of exactly 1 are in no bin, as the last bin is open. pyqe counts them: see the last lines.
 * Questions for choosing the threshold: of each dataset, the answers to both prompts are put in the order of the
   authors' files (500 questions each, sorted by name: first prompt of 0 to 500, second prompt of 0 to 500, first prompt
-  of 1000 to 1500, and so on, as text is sorted), then shuffled by Python's ``random`` with seed 2549900867. The first 20
-  are for training, all others are scored; one threshold for a model, and each dataset counts alike.
+  of 1000 to 1500, and so on, as text is sorted), then shuffled by Python's ``random`` with seed 2549900867. The first
+  20 are for training, all others are scored; a model has one threshold, and each dataset counts alike.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from data import Reproduction, data_path, main
 from numpy.typing import NDArray
 
-from pyqe.choice import AbstentionPolicy, Evaluation, correlation_study, evaluate
+from pyqe.choice import AbstentionPolicy, CorrelationStudy, Evaluation, correlation_study, evaluate
 from pyqe.metrics import expected_calibration_error, reliability_curve
 
 # accuracy, AUROC of MSP and of the maximum logit, calibration error, balanced and conservative score without and with
@@ -159,7 +159,13 @@ def reproduce() -> Reproduction:
         for name, published, score in zip(SCORES, published_scores, computed, strict=True):
             result.printed(f"{model}: score, {name}", published, score)
     add_significance(result, evaluations)
-    add_correlations(result, answers, evaluations)
+    study = correlations(answers, evaluations)
+    for (name, published), value in zip(
+        CORRELATIONS.items(), (study.auroc.r, study.ece.r, study.ece.p_value), strict=True
+    ):
+        result.printed(f"accuracy and {name}", published, value)
+    closed = correlations(answers, evaluations, last_bin_closed=True)
+    result.note("accuracy and calibration error, r, last bin closed", f"{closed.ece.r:.3f}")
     for model in ("Llama3-70b", "Mixtral"):
         error = table_error(pooled(list(answers[model, "msp"].values())), last_bin_closed=True)
         result.note(f"{model}: calibration error, last bin closed", f"{error:.2f}")
@@ -179,28 +185,22 @@ def add_significance(result: Reproduction, evaluations: Mapping[tuple[str, str],
         result.printed(f"{kind}: series", str(total), len(tests))
 
 
-def add_correlations(
-    result: Reproduction,
+def correlations(
     answers: Mapping[tuple[str, str], Mapping[tuple[str, str], Answers]],
     evaluations: Mapping[tuple[str, str], list[Evaluation]],
-) -> None:
-    for last_bin_closed in (False, True):
-        models = {
-            model: [
-                replace(evaluation, ece=series_error(one, last_bin_closed=last_bin_closed))
-                for evaluation, one in zip(found, answers[model, kind].values(), strict=True)
-            ]
-            for (model, kind), found in evaluations.items()
-            if kind == "msp"
-        }
-        study = correlation_study(models)
-        if last_bin_closed:
-            result.note("accuracy and calibration error, r, last bin closed", f"{study.ece.r:.3f}")
-            continue
-        for (name, published), value in zip(
-            CORRELATIONS.items(), (study.auroc.r, study.ece.r, study.ece.p_value), strict=True
-        ):
-            result.printed(f"accuracy and {name}", published, value)
+    *,
+    last_bin_closed: bool = False,
+) -> CorrelationStudy:
+    """Of MSP, over the models."""
+    models = {
+        model: [
+            replace(evaluation, ece=series_error(one, last_bin_closed=last_bin_closed))
+            for evaluation, one in zip(found, answers[model, kind].values(), strict=True)
+        ]
+        for (model, kind), found in evaluations.items()
+        if kind == "msp"
+    }
+    return correlation_study(models)
 
 
 if __name__ == "__main__":

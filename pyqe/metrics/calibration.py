@@ -11,6 +11,7 @@ from scipy import fft, special
 
 from pyqe._arrays import Floats, Integers, Missing, vector
 from pyqe.metrics._inputs import answers, distributions
+from pyqe.metrics._quantiles import quantiles
 
 Strategy = Literal["uniform", "quantile"]
 
@@ -391,7 +392,7 @@ def _edges(sure: Floats, n_bins: int | ArrayLike, strategy: Strategy) -> Floats:
         if n_bins < 1:
             raise ValueError(f"n_bins: expected 1 or more, got {n_bins}")
         shares = np.arange(n_bins + 1) / n_bins
-        return shares if strategy == "uniform" else np.quantile(sure, shares)
+        return shares if strategy == "uniform" else quantiles(sure, shares)
     edges = vector(n_bins, "n_bins")
     if len(edges) < 2 or (np.diff(edges) < 0).any():
         raise ValueError(f"n_bins: expected a number, or two or more ascending edges, got {edges}")
