@@ -317,6 +317,7 @@ def test_nll_of_a_zero_is_infinite_without_a_floor() -> None:
 binary = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.floats(0, 1)), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(rows=binary, n_bins=st.integers(1, 12), strategy=st.sampled_from(["uniform", "quantile"]))
 def test_parts_of_the_brier_score_add_up(rows: Any, n_bins: int, strategy: Any) -> None:
     correct, confidence = np.transpose(rows)
@@ -327,6 +328,7 @@ def test_parts_of_the_brier_score_add_up(rows: Any, n_bins: int, strategy: Any) 
     assert parts.resolution <= parts.uncertainty + 1e-12
 
 
+@settings(deadline=None)
 @given(rows=binary, n_bins=st.integers(1, 12), strategy=st.sampled_from(["uniform", "quantile"]))
 def test_calibration_errors_are_ordered(rows: Any, n_bins: int, strategy: Any) -> None:
     correct, confidence = np.transpose(rows)
@@ -337,7 +339,7 @@ def test_calibration_errors_are_ordered(rows: Any, n_bins: int, strategy: Any) -
     assert metrics.reliability_curve(correct, confidence, **options).count.sum() == len(correct)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     values=arrays.arrays(np.float64, st.integers(1, 50), elements=st.floats(0, 1)),
     shares=arrays.arrays(np.float64, st.integers(1, 12), elements=st.floats(0, 1)),
@@ -371,6 +373,7 @@ def test_ranking_as_scikit_learn_has_it(levels: int | None) -> None:
         metrics.average_precision(correct, confidence, positive="right")  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(st.sampled_from([0, 1]), st.integers(-3, 3)), min_size=1, max_size=20),
     scale=st.floats(0.01, 100),
@@ -467,6 +470,7 @@ def test_thresholds_without_a_right_answer() -> None:
     assert (curve.f1 == 0).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2)), min_size=1, max_size=6))
 def test_ties_are_averaged_over_their_orders(rows: Any) -> None:
     correct, confidence = np.transpose(rows)
@@ -495,6 +499,7 @@ def test_prediction_rejection_ratio_by_definition() -> None:
         metrics.prediction_rejection_ratio(correct, confidence, max_rejection=0)
 
 
+@settings(deadline=None)
 @given(rows=binary, threshold=st.floats(0, 1), wrong=st.floats(-5, 0))
 def test_decision_score_by_definition(rows: Any, threshold: float, wrong: float) -> None:
     correct, confidence = np.transpose(rows)
