@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pyqe import functional, training
+    from pyqe import calibration, choice, functional, metrics, training
     from pyqe.backends import use_backend
     from pyqe.dominant import DominantRule
     from pyqe.estimator import QualityEstimator, ScoredText
@@ -25,7 +25,10 @@ _HOMES = {
     "ScoredText": "pyqe.estimator",
     "SigmoidHead": "pyqe.heads",
     "SigmoidHeadLoss": "pyqe.losses",
+    "calibration": "pyqe.calibration",
+    "choice": "pyqe.choice",
     "functional": "pyqe.functional",
+    "metrics": "pyqe.metrics",
     "training": "pyqe.training",
     "use_backend": "pyqe.backends",
 }
@@ -39,7 +42,10 @@ __all__ = [
     "SigmoidHead",
     "SigmoidHeadLoss",
     "__version__",
+    "calibration",
+    "choice",
     "functional",
+    "metrics",
     "training",
     "use_backend",
 ]

@@ -35,6 +35,15 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Folder of real data, which PYQE_DATA names; see docs/metrics.md."""
+    folder = os.environ.get("PYQE_DATA")
+    if not folder:
+        pytest.skip("PYQE_DATA is not set: the folder of real data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
     """The real language model in float32, and its tokenizer."""
     from pyqe.cli.options import load_model
