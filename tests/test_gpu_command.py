@@ -102,13 +102,13 @@ def test_what_failed_is_done_again(calls: Calls, tmp_path: Path, capsys: pytest.
 
 
 def test_the_suite_is_shared_among_processes(calls: Calls, tmp_path: Path) -> None:
-    calls.endings = {"conformance-0": [gpu.Outcome("timed out", "after 9 s")]}
+    calls.endings = {"conformance-0": [gpu.Outcome("timed out")]}
     assert gpu.main([str(tmp_path)]) == 1
     assert sorted(name for name, _ in calls.made if name.startswith("conformance")) == [
         f"conformance-{number}" for number in range(3)
     ]
     found = json.loads((tmp_path / "gpu.json").read_text())["steps"]["conformance"]
-    assert (found["status"], found["message"]) == ("timed out", "after 9 s, 15 passed")
+    assert (found["status"], found["message"]) == ("timed out", "15 passed")
     assert sorted(path.name for path in tmp_path.glob("conformance*")) == ["conformance.log"]
 
 
