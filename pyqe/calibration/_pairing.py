@@ -15,11 +15,11 @@ def _set(words: str) -> frozenset[str]:
 
 _NEGATIONS = _set(
     "not no non never neither nor without except excluding other than unlike anything against wrong incorrect false "
-    "isn't aren't doesn't won't opposite"
+    "isn't aren't doesn't won't opposite or vs versus"
 )
 # What may stand between a label and its number, and leaves no doubt that they belong together
 _COPULAS = _set(
-    "is was are has have gets with at of the a an be being would will should i'd i'm my and as it its it's that this "
+    "i say think guess is was are has have gets with at of the a an be being would will should i'd i'm my and as it its it's that this "
     "probability probabilities prob probs p likelihood likely chance chances confidence confident certain sure score "
     "value weight estimate estimated assigned goes about around approximately approx roughly circa ca nearly almost "
     "maybe perhaps for to on option answer choice label class category"
@@ -204,11 +204,13 @@ def _alternating(line: list[Token]) -> Reading:
     for one, two, after in zip(items[::2], items[1::2], [*items[2::2], len(line)], strict=True):
         label, value = sorted((line[one], line[two]), key=lambda token: token.kind)
         assert value.value is not None
-        if _words(_after_link(line[before:one])) & _NEGATIONS or _words(line[one:two]) & _NEGATIONS:
+        words, between = _words(_after_link(line[before:one])), line[one + 1 : two]
+        if (words | _words(between)) & _NEGATIONS:
             reading.problems.append(f"{label.text} {value.text} may be about something else; it was left out")
         else:
-            sure = _belong(line[one + 1 : two]) and not set(_word_list(line[two + 1 : after])[:3]) & _NEGATIONS
-            reading.pairs.append(Pair(label.label, value.value, sure))
+            sure = _belong(between) and not set(_word_list(line[two + 1 : after])[:3]) & _NEGATIONS
+            key = line[one + 1].kind == "link"  # so that words before are part of it: "very positive: 0.5"
+            reading.pairs.append(Pair(label.label, value.value, sure and not (key and words - _COPULAS)))
         before = two + 1
     return reading
 
@@ -218,7 +220,8 @@ def _belong(between: list[Token]) -> bool:
     words = _word_list(between)
     if any(token.kind == "comma" for token in between):
         return _NUMBER_NAMES.issuperset(words)
-    return (bool(between) and between[-1].kind == "link") or _COPULAS.issuperset(words)
+    linked = bool(between) and (between[-1].kind == "link" or between[-1].text == "is")
+    return linked or _COPULAS.issuperset(words)
 
 
 def _in_order(line: list[Token]) -> Reading:
@@ -252,9 +255,9 @@ def _linked(segment: list[Token]) -> Reading:
 
 
 def _after_link(tokens: list[Token]) -> list[Token]:
-    """What follows the last link, comma or number."""
+    """What follows the last link, comma, number or "is"."""
     for index in range(len(tokens), 0, -1):
-        if tokens[index - 1].kind in ("link", "comma", "value"):
+        if tokens[index - 1].kind in ("link", "comma", "value") or tokens[index - 1].text == "is":
             return tokens[index:]
     return tokens
 

@@ -104,7 +104,7 @@ _VALUE = rf"""
   | (?<![^\W_])between\ {{1,3}}(?P<low>{_NUMBER})(?P<low_percent>{_PERCENT})?\ {{1,3}}and\ {{1,3}}
     (?P<high>{_NUMBER})(?:(?P<high_percent>{_PERCENT})|{_END})
 """
-_ENUMERATOR = r"(?P<enumerator>^[ >*\#-]{0,8}[0-9]{1,3}[.)](?=[ *_]))"
+_ENUMERATOR = r"(?P<enumerator>^[ >*\#-]{0,8}[0-9]{1,3}[.)](?=[ *_])|(?<=[,;]\ )[0-9]{1,2}\)(?=\ ))"
 _ENDS = (("first", "second"), ("low", "high"))  # of ranges
 _WORDS = r"""
   | (?P<junk>[0-9](?:[^\W_]|[.,/^](?=[0-9]))*)
@@ -118,21 +118,26 @@ _WORDS = r"""
 
 
 def plain(text: str) -> str:
-    """Text with one form for every kind of space, dash, quote, digit and fraction, and without LaTeX's escapes."""
-    return unicodedata.normalize("NFC", text).translate(_PLAIN).replace("\\%", "%").replace("\\_", "_")
+    """Text with one form for every kind of space, dash, quote, digit and fraction, without escapes."""
+    return re.sub(r"\\([%_\"'])", r"\1", unicodedata.normalize("NFC", text).translate(_PLAIN))
 
 
 def tokens(text: str, labels: Sequence[str] = ()) -> list[Token]:
     """The tokens of a plain text; labels in any case, with "_", "-" or spaces between their words."""
     found: list[Token] = []
+    end = 0
     for match in _pattern(tuple(labels)).finditer(text):
-        if match.lastgroup == "enumerator":
-            continue
-        token = _token(match, text)
-        before = found[-1].value if found else None
-        if before is None or token.value is None or before.fraction != token.value.fraction:  # once of "0.7 (70%)"
-            found.append(token)
+        if match.lastgroup != "enumerator":
+            token = _token(match, text)
+            if not (found and _repeats(token, found[-1]) and "(" in text[end : match.start()]):
+                found.append(token)
+        end = match.end()
     return found
+
+
+def _repeats(token: Token, before: Token) -> bool:
+    """Whether two numbers are the same, as in ``0.7 (70%)``."""
+    return bool(token.value and before.value and token.value.fraction == before.value.fraction)
 
 
 def _token(match: re.Match[str], text: str) -> Token:
@@ -172,6 +177,8 @@ def _number(groups: dict[str, str | None]) -> tuple[float, bool]:
     stated = stated or [value for name in ("single", "centre") if (value := groups[name])]
     if not stated:
         raise ValueError("cannot be read")
+    if list(map(_float, stated)) in ([0, 1], [0, 100]):
+        raise ValueError("is the whole range")
     return sum(map(_float, stated)) / len(stated), False
 
 
@@ -221,9 +228,9 @@ def _label(label: str) -> str:
     pattern = r"[\s_-]{1,3}".join(words)
     if label.strip().isdecimal():  # else it is a number like others
         return rf"""(?<![^\W_])(?<![./]){pattern}(?:(?=["'])|{_LINKED})"""
-    # not part of a longer word: non-toxic is not toxic
-    start = r"(?<![^\W_])(?<![^\W_]-)" if label[0].isalnum() else ""
-    end = r"(?![^\W_]|-[^\W\d_])" if label[-1].isalnum() else ""
+    # not part of a longer word: non-toxic is not toxic, C++ not C
+    start = r"(?<![^\W_])(?<![^\W\d_][-'.&/])" if label[0].isalnum() else ""
+    end = r"(?![^\W_]|[+\#@]|[-'&/][^\W\d_])" if label[-1].isalnum() else r"(?![^\W\d_])"
     if len(label) > 1 or not label.isalpha():
         return start + pattern + end
     article = _ARTICLES.get(label)
