@@ -19,10 +19,10 @@ _NEGATIONS = _set(
 )
 # What may stand between a label and its number, and leaves no doubt that they belong together
 _COPULAS = _set(
-    "i say think guess is was are has have gets with at of the a an be being would will should i'd i'm my and as it its it's that this "
-    "probability probabilities prob probs p likelihood likely chance chances confidence confident certain sure score "
-    "value weight estimate estimated assigned goes about around approximately approx roughly circa ca nearly almost "
-    "maybe perhaps for to on option answer choice label class category"
+    "i say think guess is was are has have gets with at of the a an be being would will should i'd i'm my and as it "
+    "its it's that this probability probabilities prob probs p likelihood likely chance chances confidence confident "
+    "certain sure score value weight estimate estimated assigned goes about around approximately approx roughly circa "
+    "ca nearly almost maybe perhaps for to on option answer choice label class category"
 )
 _NUMBER_NAMES = _set("probability prob p confidence score value weight percentage percent likelihood")
 # Of numbers that are no probabilities

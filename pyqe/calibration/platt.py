@@ -22,8 +22,9 @@ class PlattScaling(ConfidenceCalibrator):
     :math:`1 / (n_- + 2)` in place of 0: it has an optimum even where confidence separates right from wrong.
 
     Args:
-        eps: confidences are moved into [eps, 1 - eps]. Where a model states 0 and 1 this is a real hyper-parameter,
-            since they weigh on the slope by their distance.
+        eps: confidences are moved into [eps, 1 - eps]. Where a model states 0 and 1 this is a real hyper-parameter, as
+            they weigh on the slope by their distance. Of ten LMs' stated confidences, eps from .01 to .05 gave the
+            least held-out likelihood loss for nine, docs/calibration.md says.
 
     Attributes:
         slope_: a; below 0 where the answers stated as less sure were more often right.
@@ -43,7 +44,7 @@ class PlattScaling(ConfidenceCalibrator):
 
     _learned: ClassVar = {"slope_": number, "intercept_": number, "n_features_in_": count}
 
-    def __init__(self, *, eps: float = 0.005) -> None:
+    def __init__(self, *, eps: float = 0.01) -> None:
         self.eps = eps
 
     def _fit(self, confidence: Floats, correct: Floats) -> None:
