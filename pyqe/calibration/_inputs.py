@@ -54,8 +54,9 @@ def logits_of(values: Tensor, name: str, inputs: Inputs, eps: float) -> Tensor:
         _check_probs(values, name)
     if is_single(values):
         column = values.reshape(-1).double()  # where 1 - p keeps the digits of p
-        values = torch.stack([1 - column if inputs == "probs" else torch.zeros_like(column), column], 1)
-    return F.inverse_softmax(values.clamp(min=0), eps=eps) if inputs == "probs" else values
+        other = (1 - column).clamp(min=0) if inputs == "probs" else torch.zeros_like(column)
+        values = torch.stack([other, column], 1)
+    return F.inverse_softmax(values, eps=eps) if inputs == "probs" else values
 
 
 def _check_probs(values: Tensor, name: str) -> None:
