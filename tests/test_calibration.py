@@ -279,6 +279,23 @@ def test_single_confidences() -> None:
     assert graded.transform([0.9]) == pytest.approx([0.75], rel=1e-6)
 
 
+def test_the_floor_changes_nothing_but_zeros() -> None:
+    random = np.random.default_rng(0)
+    probs = softmax(30 * random.standard_normal((500, 6)), axis=1)
+    labels = labels_of(probs, random)
+    scaling = TemperatureScaling(inputs="probs").fit(probs, labels)
+    assert scaling.eps_ == probs.min() < 1e-20
+    exact = TemperatureScaling(inputs="logits").fit(np.log(probs), labels)
+    assert scaling.temperature_ == pytest.approx(exact.temperature_, rel=1e-9)
+    assert exact.eps_ == 0
+    probs[0, probs[0].argmin()] = 0
+    assert TemperatureScaling(inputs="probs").fit(probs, labels).eps_ == probs[probs > 0].min()
+    assert TemperatureScaling(inputs="probs").fit([[0.5, 0.5], [1, 0]], [0, 1]).eps_ == 1e-12
+    assert TemperatureScaling(inputs="probs", eps=0.01).fit([[0.5, 0.5], [1, 0]], [0, 1]).eps_ == 0.01
+    single = np.array([[1.0, 1e-45], [0.5, 0.5]], np.float32)
+    assert TemperatureScaling(inputs="probs").fit(single, [0, 1]).eps_ == np.finfo(np.float32).tiny
+
+
 def test_zeros_need_a_floor() -> None:
     X, y = [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.5, 0.5]], [0, 0, 1, 1]
     temperatures = [TemperatureScaling(inputs="probs", eps=eps).fit(X, y).temperature_ for eps in (1e-12, 1e-3)]
@@ -517,6 +534,8 @@ def test_histogram_binning() -> None:
     assert binning.edges_.tolist() == [0, 0.25, 0.5, 0.75, 1]
     np.testing.assert_array_equal(binning.values_, [0, 0.5, np.nan, 0.5])
     assert binning.transform([0.1, 0.25, 0.6, 0.75, 1.0]).tolist() == [0, 0.5, 0.6, 0.5, 0.5]  # .6: an empty bin
+    tenths = HistogramBinning().fit([0.65, 0.7], [0, 1])
+    assert tenths.transform([0.69, 0.7, 7 * 0.1, np.float32(0.7)]).tolist() == [0, 1, 1, 1]
     confidence, correct = answers(1000)
     quantile = HistogramBinning(n_bins=5, strategy="quantile").fit(confidence, correct)
     calibrated = quantile.transform(confidence)

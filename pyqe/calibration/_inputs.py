@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from pyqe import functional as F
 from pyqe._arrays import as_array, class_labels, vector
+from pyqe.backends.reference import compute_dtype
 
 Inputs = Literal["probs", "logits"]
 
+FLOOR = 1e-12  # of probabilities, unless one above 0 is less
 _ABOVE_ONE = 1e-3  # by which rounding, to 16 bits or by an API, may take a probability beyond 1
 
 
@@ -44,19 +47,48 @@ def is_single(values: Tensor) -> bool:
     return values.dim() == 1 or (values.dim() == 2 and values.shape[1] == 1)
 
 
-def logits_of(values: Tensor, name: str, inputs: Inputs, eps: float) -> Tensor:
-    """[N, K] logits; K = 2, wrong and right, for single confidences."""
-    if inputs not in ("probs", "logits"):
-        raise ValueError(f"inputs: expected 'probs' or 'logits', got {inputs!r}")
-    if values.dim() not in (1, 2) or values.shape[-1:] == (0,) != values.shape:
-        raise ValueError(f"{name}: expected shape [N], or [N, K] with K > 0, got {list(values.shape)}")
-    if inputs == "probs":
-        _check_probs(values, name)
-    if is_single(values):
-        column = values.reshape(-1).double()  # where 1 - p keeps the digits of p
-        other = (1 - column).clamp(min=0) if inputs == "probs" else torch.zeros_like(column)
-        values = torch.stack([other, column], 1)
-    return F.inverse_softmax(values, eps=eps) if inputs == "probs" else values
+@dataclass(frozen=True)
+class Table:
+    """Probabilities or logits [N, K] that have been checked; K = 2, wrong and right, for single confidences."""
+
+    values: Tensor
+    inputs: Inputs
+
+    @staticmethod
+    def read(values: Tensor, name: str, inputs: Inputs) -> Table:
+        """From [N, K], or single confidences or log odds [N] or [N, 1].
+
+        Raises:
+            ValueError: wrong shape; numbers that are no probabilities, rows of zeros.
+        """
+        if inputs not in ("probs", "logits"):
+            raise ValueError(f"inputs: expected 'probs' or 'logits', got {inputs!r}")
+        if values.dim() not in (1, 2) or values.shape[-1:] == (0,) != values.shape:
+            raise ValueError(f"{name}: expected shape [N], or [N, K] with K > 0, got {list(values.shape)}")
+        if inputs == "probs":
+            _check_probs(values, name)
+        if is_single(values):
+            column = values.reshape(-1).double()  # where 1 - p keeps the digits of p
+            other = (1 - column).clamp(min=0) if inputs == "probs" else torch.zeros_like(column)
+            values = torch.stack([other, column], 1)
+        return Table(values, inputs)
+
+    def floor(self, eps: float | None) -> float:
+        """``eps``, or what is at most the smallest probability above 0; 0 for logits."""
+        if self.inputs == "logits":
+            return 0.0
+        if eps is not None:
+            return eps
+        values = self.values.detach()
+        least = float(values.amin()) if len(values) else 1.0
+        if least == 0:
+            positive = values[values > 0]
+            least = float(positive.amin()) if len(positive) else 1.0
+        return max(min(FLOOR, least), torch.finfo(compute_dtype(values)).tiny)
+
+    def logits(self, eps: float) -> Tensor:
+        """[N, K], with the floor ``eps`` for probabilities."""
+        return self.values if self.inputs == "logits" else F.inverse_softmax(self.values, eps=eps)
 
 
 def _check_probs(values: Tensor, name: str) -> None:

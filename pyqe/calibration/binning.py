@@ -44,7 +44,8 @@ class HistogramBinning(ConfidenceCalibrator):
         self.edges_, self.values_ = curve.edges, curve.accuracy
 
     def _calibrated(self, confidence: Floats) -> Floats:
-        values = self.values_[np.searchsorted(self.edges_[1:-1], confidence, side="right")]
+        inner = self.edges_[1:-1].astype(np.float32)  # as the curve decides which bin a confidence is in
+        values = self.values_[np.searchsorted(inner, confidence.astype(np.float32), side="right")]
         return np.where(np.isnan(values), confidence, values)
 
 

@@ -20,7 +20,16 @@ from torch import Tensor
 from pyqe import functional as F
 from pyqe._arrays import group_names
 from pyqe.backends.reference import compute_dtype
-from pyqe.calibration._inputs import Inputs, as_given, float_tensor, is_single, label_tensor, logits_of, right_or_wrong
+from pyqe.calibration._inputs import (
+    FLOOR,
+    Inputs,
+    Table,
+    as_given,
+    float_tensor,
+    is_single,
+    label_tensor,
+    right_or_wrong,
+)
 from pyqe.calibration.base import Calibrator, by_group, count, flag, number, positive
 from pyqe.functional import TemperatureFit
 
@@ -29,7 +38,7 @@ class _TemperatureCalibrator(Calibrator):
     """What the three share: reading inputs, dividing by T."""
 
     inputs: Inputs
-    eps: float
+    eps_: float
 
     def transform(self, X: Any, groups: Any = None) -> Any:
         """Probabilities at the learned temperature.
@@ -57,7 +66,7 @@ class _TemperatureCalibrator(Calibrator):
     def _scaled(self, X: Any, groups: Any) -> Tensor:
         check_is_fitted(self)
         values = float_tensor(X, "X")
-        logits = logits_of(values, "X", self.inputs, self.eps)
+        logits = Table.read(values, "X", self.inputs).logits(self.eps_)
         expected = getattr(self, "n_features_in_", logits.shape[1])
         if logits.shape[1] != expected:
             raise ValueError(f"X: expected {expected} classes, as in fit, got {logits.shape[1]}")
@@ -118,13 +127,14 @@ class TemperatureScaling(_TemperatureCalibrator):
     Args:
         inputs: "probs": X are probabilities, such as those that a model states, and their softmax is inverted with the
             floor ``eps``; they need not sum to 1. "logits": X are logits.
-        eps: floor for probabilities of 0. With zeros it is a real hyper-parameter, as a zero says
-            ``p = eps``: report it, or choose it on held-out data.
+        eps: floor for probabilities. With zeros it is a real hyper-parameter, as a zero then says ``p = eps``: report
+            it, or choose it on held-out data. None: 1e-12, or the smallest probability above 0 if that is less.
 
     Attributes:
         temperature_: T in [0.001, 1000]; with groups a dict of one for each.
         nll_before_: mean negative log-likelihood at T = 1, in nats; with groups a dict.
         nll_: the same at T.
+        eps_: the floor that was used; 0 for logits.
         converged_: bool, or a dict of bools: whether T is an optimum. Where none is, ``ConvergenceWarning`` says why:
             every label has the largest logit of its row (T runs to 0); the logits mislead (T runs to infinity); or the
             likelihood does not depend on T, which stays 1.
@@ -145,10 +155,11 @@ class TemperatureScaling(_TemperatureCalibrator):
         "nll_before_": by_group(number),
         "nll_": by_group(number),
         "converged_": by_group(flag),
+        "eps_": number,
         "n_features_in_": count,
     }
 
-    def __init__(self, *, inputs: Inputs, eps: float = 1e-12) -> None:
+    def __init__(self, *, inputs: Inputs, eps: float | None = None) -> None:
         self.inputs = inputs
         self.eps = eps
 
@@ -168,7 +179,9 @@ class TemperatureScaling(_TemperatureCalibrator):
                 probability is 0).
         """
         values = float_tensor(X, "X").detach()
-        logits = logits_of(values, "X", self.inputs, self.eps)
+        table = Table.read(values, "X", self.inputs)
+        self.eps_ = table.floor(self.eps)
+        logits = table.logits(self.eps_)
         labels = right_or_wrong(y, logits) if is_single(values) else label_tensor(y, logits)
         self._fit_groups(_fit_labels, logits, labels, groups)
         return self
@@ -185,13 +198,14 @@ class DistilledTemperature(_TemperatureCalibrator):
         teacher_inputs: what ``teacher``, the base model's numbers, are.
         agreement_only: only items whose top class is the same for both. On the others the base model's
             uncertainty is about another answer, and T comes out too high.
-        eps: floor for probabilities of 0, of both.
+        eps: floor for probabilities, of both; see :class:`TemperatureScaling`.
 
     Attributes:
         temperature_: T in [0.001, 1000]; with groups a dict of one for each.
         kl_before_: mean KL divergence at T = 1 of the items used, in nats; with groups a dict.
         kl_: the same at T.
         agreement_: share of the items with the same top class, in [0, 1]; with groups a dict.
+        eps_: the floor that was used for X; 0 for logits.
         converged_: whether T is an optimum; see :class:`TemperatureScaling`.
         n_features_in_: K.
 
@@ -210,11 +224,12 @@ class DistilledTemperature(_TemperatureCalibrator):
         "kl_": by_group(number),
         "agreement_": by_group(number),
         "converged_": by_group(flag),
+        "eps_": number,
         "n_features_in_": count,
     }
 
     def __init__(
-        self, *, inputs: Inputs, teacher_inputs: Inputs, agreement_only: bool = False, eps: float = 1e-12
+        self, *, inputs: Inputs, teacher_inputs: Inputs, agreement_only: bool = False, eps: float | None = None
     ) -> None:
         self.inputs = inputs
         self.teacher_inputs = teacher_inputs
@@ -236,8 +251,10 @@ class DistilledTemperature(_TemperatureCalibrator):
         values, base = float_tensor(X, "X").detach(), float_tensor(teacher, "teacher").detach()
         if values.dim() != 2 or values.shape != base.shape:
             raise ValueError(f"X, teacher: expected [N, K] for both, got {list(values.shape)} and {list(base.shape)}")
-        logits = logits_of(values, "X", self.inputs, self.eps)
-        target = torch.softmax(logits_of(base, "teacher", self.teacher_inputs, self.eps), -1)
+        table, base_table = Table.read(values, "X", self.inputs), Table.read(base, "teacher", self.teacher_inputs)
+        self.eps_ = table.floor(self.eps)
+        logits = table.logits(self.eps_)
+        target = torch.softmax(base_table.logits(base_table.floor(self.eps)), -1)
         self._fit_groups(self._fit_teacher, logits, target.to(logits), groups)
         return self
 
@@ -265,7 +282,7 @@ class ConstantTemperature(_TemperatureCalibrator):
     Args:
         temperature: T > 0.
         inputs: what X are: "probs" or "logits".
-        eps: floor for probabilities of 0.
+        eps: floor for probabilities.
 
     Source: the baseline of He et al. 2023 (arXiv 2310.11732).
 
@@ -276,7 +293,7 @@ class ConstantTemperature(_TemperatureCalibrator):
 
     _learned: ClassVar = {}
 
-    def __init__(self, temperature: float = 2.5, *, inputs: Inputs, eps: float = 1e-12) -> None:
+    def __init__(self, temperature: float = 2.5, *, inputs: Inputs, eps: float = FLOOR) -> None:
         self.temperature = temperature
         self.inputs = inputs
         self.eps = eps
@@ -291,6 +308,11 @@ class ConstantTemperature(_TemperatureCalibrator):
         if isinstance(self.temperature, bool) or not self.temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {self.temperature!r}")
         return float(self.temperature)
+
+    @property
+    def eps_(self) -> float:  # type: ignore[override]
+        """The floor."""
+        return self.eps
 
     def __sklearn_is_fitted__(self) -> bool:
         return True

@@ -12,7 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
 from pyqe._arrays import Floats
-from pyqe.calibration._inputs import Inputs, float_tensor, is_single, label_tensor, logits_of
+from pyqe.calibration._inputs import Inputs, Table, float_tensor, is_single, label_tensor
 from pyqe.calibration.base import Calibrator, count, like, number, numbers
 
 _ITERATIONS = 30  # of which a problem that has an optimum needs about ten
@@ -27,13 +27,14 @@ class VectorScaling(Calibrator):
     Args:
         inputs: "probs": X are probabilities, whose softmax is inverted with the floor ``eps``. "logits": X are logits.
             Unlike for a temperature, it matters which: adding a number to all logits of a row changes the result.
-        eps: floor for probabilities of 0; see :class:`TemperatureScaling`.
+        eps: floor for probabilities; see :class:`TemperatureScaling`.
 
     Attributes:
         scale_: float64 [K], w.
         shift_: float64 [K], b, with mean 0.
         nll_before_: mean negative log-likelihood at w = 1, b = 0, in nats.
         nll_: the same at the optimum.
+        eps_: the floor that was used; 0 for logits.
         n_features_in_: K.
 
     ``ConvergenceWarning``: no finite w and b are best, as where the classes can be told apart without an error.
@@ -53,10 +54,11 @@ class VectorScaling(Calibrator):
         "shift_": numbers,
         "nll_before_": number,
         "nll_": number,
+        "eps_": number,
         "n_features_in_": count,
     }
 
-    def __init__(self, *, inputs: Inputs, eps: float = 1e-12) -> None:
+    def __init__(self, *, inputs: Inputs, eps: float | None = None) -> None:
         self.inputs = inputs
         self.eps = eps
 
@@ -72,7 +74,9 @@ class VectorScaling(Calibrator):
             ValueError: wrong shape or range, no rows, NaN or infinite logits, or a class without a label, whose shift
                 would be -inf.
         """
-        logits = self._finite_logits(X)
+        table = self._table(X)
+        self.eps_ = table.floor(self.eps)
+        logits = self._finite_logits(table)
         targets = _targets(y, logits)
         self.scale_, self.shift_, self.nll_before_, self.nll_ = _newton(logits, targets)
         self.n_features_in_ = logits.shape[1]
@@ -93,7 +97,7 @@ class VectorScaling(Calibrator):
             ValueError: wrong shape or range, NaN or infinite logits, another number of classes than in ``fit``.
         """
         check_is_fitted(self)
-        logits = self._finite_logits(X)
+        logits = self._finite_logits(self._table(X))
         if logits.shape[1] != self.n_features_in_:
             raise ValueError(f"X: expected {self.n_features_in_} classes, as in fit, got {logits.shape[1]}")
         return like(np.exp(log_softmax(self.scale_ * logits + self.shift_, axis=1)), X)
@@ -102,11 +106,14 @@ class VectorScaling(Calibrator):
         """As :meth:`transform`."""
         return self.transform(X)
 
-    def _finite_logits(self, X: Any) -> Floats:
+    def _table(self, X: Any) -> Table:
         values = float_tensor(X, "X").detach()
         if values.dim() != 2 or is_single(values):
             raise ValueError(f"X: expected shape [N, K] with K > 1, got {list(values.shape)}")
-        logits = logits_of(values.double(), "X", self.inputs, self.eps).cpu().numpy()
+        return Table.read(values.double(), "X", self.inputs)
+
+    def _finite_logits(self, table: Table) -> Floats:
+        logits = table.logits(self.eps_).cpu().numpy()
         infinite = ~np.isfinite(logits).all(axis=1)
         if infinite.any():
             row = int(infinite.argmax())
