@@ -5,22 +5,12 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "reproduce"
-
-
-def run(script: str, *arguments: str, data: str | None) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYQE_DATA"}
-    environment |= {"PYQE_DATA": data} if data is not None else {}
-    command = [sys.executable, str(FOLDER / script), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+from reproduce import FOLDER, RESULTS, run
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +31,7 @@ def test_every_figure_of_the_table(data_folder: Path, tmp_path: Path) -> None:
     assert "MISMATCH" not in result.stdout
     stored = json.loads((tmp_path / "plaut.json").read_text())
     assert sum(bool(figure["published"]) for figure in stored["figures"]) == 117
-    committed = json.loads((FOLDER.parent / "results" / "reproduce" / "plaut.json").read_text())
+    committed = json.loads((RESULTS / "plaut.json").read_text())
     assert stored == committed
 
 

@@ -1,0 +1,270 @@
+"""Which stated number belongs to which label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pyqe.calibration._tokens import Token, Value
+
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_NEGATIONS = _set(
+    "not no non never neither nor without except excluding other than unlike anything against wrong incorrect false "
+    "isn't aren't doesn't won't opposite or vs versus"
+)
+# What may stand between a label and its number, and leaves no doubt that they belong together
+_COPULAS = _set(
+    "i say think guess is was are has have gets with at of the a an be being would will should i'd i'm my and as it "
+    "its it's that this probability probabilities prob probs p likelihood likely chance chances confidence confident "
+    "certain sure score value weight estimate estimated assigned goes about around approximately approx roughly circa "
+    "ca nearly almost maybe perhaps for to on option answer choice label class category"
+)
+_NUMBER_NAMES = _set("probability prob p confidence score value weight percentage percent likelihood")
+# Of numbers that are no probabilities
+_OTHER_NAMES = _set("total sum rank index id number count reason reasoning explanation rationale why")
+SAME = 0.005  # numbers that differ less are the same, rounded
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A label and a number that belongs to it; ``certain`` if the words around leave no doubt."""
+
+    label: int
+    value: Value
+    certain: bool
+
+
+@dataclass
+class Reading:
+    """What a text states, and what is wrong with it; ``others`` are numbers of labels that are none."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    others: list[Value] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def labels(self) -> int:
+        """How many labels have a number."""
+        return len({pair.label for pair in self.pairs})
+
+    def add(self, other: Reading) -> None:
+        self.pairs += other.pairs
+        self.others += other.others
+        self.problems += other.problems
+
+
+def read(stream: list[Token], labels: int) -> Reading:
+    """The last dict or list with the most labels, or the whole text where that has more."""
+    whole = read_text(stream)
+    blocks = [(start, end, _read_block(stream[start:end])) for start, end in _blocks(stream)]
+    blocks = [block for block in blocks if block[2].pairs]
+    most = max([reading.labels for _, _, reading in blocks], default=0)
+    if most > 1:
+        blocks = [block for block in blocks if block[2].labels == most][-1:]
+    reading = Reading()  # of a dict, or of several dicts with one label each
+    for _, _, part in blocks:
+        reading.add(part)
+    if not whole.pairs and not reading.pairs:
+        return _read_list(stream, labels)
+    if reading.labels < whole.labels:
+        return whole
+    first, last = blocks[0][0], blocks[-1][1]
+    outside = read_text([*stream[:first], Token("newline", "\n"), *stream[last:]])
+    if outside.labels > 1 and _contradicts(outside, reading):
+        reading.problems.append("other numbers stand outside the dict, which was taken")
+    if stream[last - 1].kind != "close":
+        reading.problems.append("a bracket is not closed: the reply may have been cut off")
+    return reading
+
+
+def _contradicts(outside: Reading, inside: Reading) -> bool:
+    numbers = {pair.label: pair.value.fraction for pair in inside.pairs}
+    last = {pair.label: pair.value.fraction for pair in outside.pairs}
+    return any(not abs(number - numbers.get(label, math.inf)) <= SAME for label, number in last.items())
+
+
+# --- parts of the text
+
+
+def _blocks(stream: list[Token]) -> list[tuple[int, int]]:
+    """Outermost brackets, as ranges of tokens; one that is not closed reaches to the end."""
+    found, depth, start = [], 0, 0
+    for index, token in enumerate(stream):
+        if token.kind == "open":
+            start = index if depth == 0 else start
+            depth += 1
+        elif token.kind == "close" and depth:
+            depth -= 1
+            if depth == 0:
+                found.append((start, index + 1))
+    return [*found, (start, len(stream))] if depth else found
+
+
+def _read_block(block: list[Token]) -> Reading:
+    """A dict or list, as one line."""
+    comma, reading = Token("comma", ","), Reading()
+    flat = [comma if token.kind == "newline" else token for token in block if token.kind not in ("open", "close")]
+    labelled, kept = [], []
+    for segment in _split(flat, "comma"):
+        words = _word_list(segment)
+        if "L" in _kinds(segment) or not words:
+            labelled += [comma, *segment]
+            kept += [comma, *segment]
+        elif _NUMBER_NAMES.issuperset(words):
+            kept += [comma, *segment]
+        elif "V" in _kinds(segment) and words[0] not in _OTHER_NAMES:
+            reading.others += [token.value for token in segment if token.value]
+            reading.problems.append(f"{' '.join(words)!r:.80} is none of the labels; its number was left out")
+    # "probability" names the number of a label before it, unless labels have numbers of their own
+    pairs = _read_line(labelled)
+    reading.add(pairs if pairs.pairs else _read_line(kept))
+    return reading
+
+
+def _read_list(stream: list[Token], labels: int) -> Reading:
+    """Numbers without labels, in brackets or alone, one for each."""
+    for start, end in [(0, len(stream)), *reversed(_blocks(stream))]:
+        inside = [token for token in stream[start:end] if token.kind not in ("open", "close", "comma", "newline")]
+        if len(inside) == labels and _kinds(inside) == "V" * labels:
+            pairs = [Pair(label, token.value, True) for label, token in enumerate(inside) if token.value is not None]
+            return Reading(pairs, problems=["there are no labels; the numbers were taken in their order"])
+    return Reading()
+
+
+def read_text(stream: list[Token]) -> Reading:
+    """All lines."""
+    reading = Reading()
+    for line in _joined(_split(stream, "newline")):
+        reading.add(_read_line(line))
+    return reading
+
+
+def _split(stream: Iterable[Token], kind: str) -> list[list[Token]]:
+    parts: list[list[Token]] = [[]]
+    for token in stream:
+        if token.kind == kind:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts
+
+
+def _kinds(line: Iterable[Token]) -> str:
+    """Labels and values as a string of L and V."""
+    return "".join({"label": "L", "value": "V"}.get(token.kind, "") for token in line)
+
+
+def _joined(lines: Iterable[list[Token]]) -> list[list[Token]]:
+    """Lines of labels joined with lines of as many numbers that follow: what tables are made of."""
+    joined: list[list[Token]] = []
+    for line in lines:
+        kinds, words = _kinds(line), [token.text for token in line if token.kind == "word"]
+        if not kinds and not words:
+            continue
+        before = _kinds(joined[-1]) if joined else ""
+        if "V" not in before and before and kinds == "V" * len(before) and _NUMBER_NAMES.issuperset(words):
+            joined[-1] = [*joined[-1], Token("comma", ","), *line]
+        else:
+            joined.append(line)
+    return joined
+
+
+# --- within a line
+
+
+def _read_line(line: list[Token]) -> Reading:
+    kinds, segments = _kinds(line), [segment for segment in _split(line, "comma") if _kinds(segment)]
+    half = len(kinds) // 2
+    if "L" not in kinds or "V" not in kinds:
+        return Reading()
+    if all(_kinds(segment) in ("LV", "VL") for segment in segments):
+        parts = [_alternating(segment) for segment in segments]
+    elif kinds in ("LV" * half, "VL" * half):
+        parts = [_alternating(line)]
+    elif kinds in ("L" * half + "V" * half, "V" * half + "L" * half):
+        parts = [_in_order(line)]
+    else:
+        parts = [_linked(segment) for segment in segments]
+    reading = Reading()
+    for part in parts:
+        reading.add(part)
+    return reading
+
+
+def _alternating(line: list[Token]) -> Reading:
+    """A line of labels and values in turn; pairs are the first two, the next two, and so on."""
+    reading = Reading()
+    items = [index for index, token in enumerate(line) if token.kind in ("label", "value")]
+    before = 0
+    for one, two, after in zip(items[::2], items[1::2], [*items[2::2], len(line)], strict=True):
+        label, value = sorted((line[one], line[two]), key=lambda token: token.kind)
+        assert value.value is not None
+        words, between = _words(_after_link(line[before:one])), line[one + 1 : two]
+        if (words | _words(between)) & _NEGATIONS:
+            reading.problems.append(f"{label.text} {value.text} may be about something else; it was left out")
+        else:
+            sure = _belong(between) and not set(_word_list(line[two + 1 : after])[:3]) & _NEGATIONS
+            key = line[one + 1].kind == "link"  # so that words before are part of it: "very positive: 0.5"
+            reading.pairs.append(Pair(label.label, value.value, sure and not (key and words - _COPULAS)))
+        before = two + 1
+    return reading
+
+
+def _belong(between: list[Token]) -> bool:
+    """Whether what stands between a label and a value leaves no doubt that they belong together."""
+    words = _word_list(between)
+    if any(token.kind == "comma" for token in between):
+        return _NUMBER_NAMES.issuperset(words)
+    linked = bool(between) and (between[-1].kind == "link" or between[-1].text == "is")
+    return linked or _COPULAS.issuperset(words)
+
+
+def _in_order(line: list[Token]) -> Reading:
+    """All labels and then as many values, or the other way round."""
+    labels = [token.label for token in line if token.kind == "label"]
+    values = [token.value for token in line if token.value is not None]
+    sure = _COPULAS.issuperset(_words(line) - {"respectively"})
+    return Reading([Pair(label, value, sure) for label, value in zip(labels, values, strict=True)])
+
+
+def _linked(segment: list[Token]) -> Reading:
+    """Labels with one value behind a colon or the like, or in the next column; other values are left out."""
+    reading = Reading()
+    starts = [index for index, token in enumerate(segment) if token.kind == "label"]
+    before: list[Token] = segment[: starts[0]] if starts else segment
+    for start, end in zip(starts, [*starts[1:], len(segment)], strict=False):
+        linked = [
+            index
+            for index in range(start + 2, end)
+            if segment[index].kind == "value" and segment[index - 1].kind == "link"
+        ]
+        if len(linked) == 1 or (linked and segment[linked[0] - 1].text == "|"):
+            value = segment[linked[0]].value
+            if value and not (_words(_after_link(before)) | _words(segment[start : linked[0]])) & _NEGATIONS:
+                reading.pairs.append(Pair(segment[start].label, value, True))
+        before = segment[start:end]
+    if len(reading.pairs) < _kinds(segment).count("V"):
+        text = " ".join(token.text for token in segment)
+        reading.problems.append(f"{text!r:.80} has numbers of which it is not clear what they are; they were left out")
+    return reading
+
+
+def _after_link(tokens: list[Token]) -> list[Token]:
+    """What follows the last link, comma, number or "is"."""
+    for index in range(len(tokens), 0, -1):
+        if tokens[index - 1].kind in ("link", "comma", "value") or tokens[index - 1].text == "is":
+            return tokens[index:]
+    return tokens
+
+
+def _word_list(tokens: Iterable[Token]) -> list[str]:
+    return [token.text for token in tokens if token.kind == "word"]
+
+
+def _words(tokens: Iterable[Token]) -> set[str]:
+    return set(_word_list(tokens))
