@@ -1,0 +1,264 @@
+"""Answers with their confidence, from records that other programs write.
+
+Each reader takes one record, a ``dict`` as ``json.loads`` gives it, and says what it takes as the confidence. A record
+that it cannot read is a ``ValueError`` whose message names the field, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LETTERS = ("A", "B", "C", "D")
+
+_AROUND = " \t\n()[].:*\"'▁Ġ"  # a choice in its token; the last two are how some tokenizers write a space
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        confidence: in [0, 1].
+        correct: in [0, 1], 1 for a right answer; None where it is not known.
+        logits: [K] of the choices among which the answer was taken, where the record has them.
+        label: the right choice's number, from 0, where the record has it.
+        mass: in [0, 1], probability of all tokens that name a choice, where the record shows it.
+    """
+
+    confidence: float
+    correct: float | None = None
+    logits: tuple[float, ...] | None = None
+    label: int | None = None
+    mass: float | None = None
+
+
+def field(record: Mapping[str, Any], path: str) -> Any:
+    """A field by its dotted path; a number counts the items of a list from 0. A field with the whole name goes first.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> field({"answers": [{"p": 0.9}], "a.b": 1}, "answers.0.p"), field({"a.b": 1}, "a.b")
+        (0.9, 1)
+    """
+    if path in record:
+        return record[path]
+    value: Any = record
+    for name in path.split("."):
+        if isinstance(value, Mapping) and name in value:
+            value = value[name]
+        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            raise ValueError(f"expected a field {path!r}, got {', '.join(map(repr, record)) or 'no fields'}")
+    return value
+
+
+def from_fields(record: Mapping[str, Any], *, confidence: str = "confidence", correct: str | None = "correct") -> Answer:
+    """An answer of any record that has a confidence and a correctness.
+
+    Args:
+        record: of any kind.
+        confidence: path of a number in [0, 1]; see :func:`field`.
+        correct: path of true or false, 1 or 0, or a grade between; None: it is not wanted.
+
+    Raises:
+        ValueError: a field is missing, or is something else. Percentages (1 to 100) are not converted.
+
+    Example:
+        >>> from_fields({"confidence": 0.9, "grade": {"right": True}}, correct="grade.right")
+        Answer(confidence=0.9, correct=1.0, logits=None, label=None, mass=None)
+    """
+    sure = _number(field(record, confidence), confidence)
+    if not 0 <= sure <= 1:
+        hint = "; divide a percentage by 100" if 1 < sure <= 100 else ""
+        raise ValueError(f"{confidence}: expected a number from 0 to 1, got {sure:g}{hint}")
+    return Answer(sure, None if correct is None else _correctness(field(record, correct), correct))
+
+
+def from_lm_eval(sample: Mapping[str, Any]) -> Answer:
+    r"""An answer of a multiple-choice sample that lm-evaluation-harness logs (``--log_samples``).
+
+    The answer is the choice with the largest log-likelihood :math:`l_i`, the confidence its share
+    :math:`\max_i \exp(l_i) / \sum_j \exp(l_j)` of what the choices have together, so that it is at least 1 / K.
+    Whether it is right says ``acc``; ``acc_norm`` judges another choice, the best by length.
+
+    Args:
+        sample: a line of ``samples_TASK_DATE.jsonl``, with ``filtered_resps``: for each choice its log-likelihood and
+            whether it is greedy, as numbers or, in newer versions, as text. Where log-likelihoods without the question
+            follow (``acc_mutual_info``), they are passed over.
+
+    Returns:
+        ``logits`` are the log-likelihoods, ``label`` is ``target`` where that is a choice's number.
+
+    Raises:
+        ValueError: a field is missing; fewer than two choices, as in tasks that generate text or score a single
+            continuation, which have no confidence.
+
+    Example:
+        >>> from_lm_eval({"filtered_resps": [["-0.1", "True"], ["-2.3", "False"]], "target": "0", "acc": 1.0}).correct
+        1.0
+    """
+    choices = field(sample, "filtered_resps")
+    if "acc_mutual_info" in sample and isinstance(choices, list) and len(choices) % 2 == 0:
+        choices = choices[: len(choices) // 2]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise ValueError("filtered_resps: expected log-likelihoods of two choices or more, got none")
+    logits = tuple(_log_likelihood(choice, number) for number, choice in enumerate(choices))
+    highest = max(logits)
+    confidence = 1 / sum(math.exp(logit - highest) for logit in logits)
+    target = str(sample.get("target"))
+    label = int(target) if target.isdecimal() and int(target) < len(logits) else None
+    return Answer(confidence, _correctness(field(sample, "acc"), "acc"), logits, label)
+
+
+def from_logprobs(
+    record: Mapping[str, Any], *, choices: Sequence[str] = LETTERS, gold: str | None = "gold", correct: str | None = None
+) -> Answer:
+    """An answer of a response with log-probabilities, as OpenAI's API and vLLM's server give it.
+
+    The answer is the first token that is a choice (" B", "B", "(B" and "B." are "B"), the confidence that token's
+    probability in the softmax over the whole vocabulary. ``mass`` is the sum over all tokens that are a choice, of those
+    that ``top_logprobs`` shows there: a lower bound.
+
+    Args:
+        record: a chat completion (``choices[0].logprobs.content``) or a completion
+            (``choices[0].logprobs.token_logprobs``), or a record that has it as ``response`` (``response.body`` in
+            the output of batches).
+        choices: what an answer can be.
+        gold: path of the right choice in the record: one of ``choices``, or its number from 0; None: it is not wanted.
+        correct: path of the correctness instead, as for :func:`from_fields`.
+
+    Raises:
+        ValueError: a field is missing; several completions; no token is a choice.
+
+    Example:
+        >>> token = {"token": "B", "logprob": -0.1, "top_logprobs": [{"token": "B", "logprob": -0.1}]}
+        >>> response = {"choices": [{"logprobs": {"content": [token]}}]}
+        >>> from_logprobs({"response": response, "gold": "B"}).correct
+        1.0
+    """
+    for token, logprob, alternatives in _tokens(_logprobs(record)):
+        answer = _as_choice(token, choices)
+        if answer is None:
+            continue
+        seen = {token: logprob, **alternatives}
+        mass = math.fsum(math.exp(one) for name, one in seen.items() if _as_choice(name, choices) is not None)
+        if correct is not None:
+            right: float | None = _correctness(field(record, correct), correct)
+            label = None
+        else:
+            label = None if gold is None else _gold(field(record, gold), gold, choices)
+            right = None if label is None else float(answer == label)
+        return Answer(math.exp(logprob), right, label=label, mass=min(mass, 1.0))
+    raise ValueError(f"logprobs: expected a token that is one of {', '.join(choices)}, got none")
+
+
+def format_of(record: Mapping[str, Any]) -> str:
+    """What a record looks like: "lm-eval", "openai" or, if neither, "jsonl", one with fields of its own.
+
+    Example:
+        >>> format_of({"filtered_resps": [], "doc": {}}), format_of({"confidence": 0.5})
+        ('lm-eval', 'jsonl')
+    """
+    if "filtered_resps" in record and "doc" in record:
+        return "lm-eval"
+    completions = _response(record).get("choices")
+    if isinstance(completions, list) and completions and isinstance(completions[0], Mapping):
+        return "openai"
+    return "jsonl"
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        shown = {None: "null", True: "true", False: "false"}.get(value) if not isinstance(value, (list, dict)) else None
+        raise ValueError(f"{name}: expected a number, got {shown or repr(value)[:60]}")
+    return float(value)
+
+
+def _correctness(value: Any, name: str) -> float:
+    try:
+        right = float(value) if isinstance(value, bool) else _number(value, name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("a number", "true, false or a number from 0 to 1")) from None
+    if not 0 <= right <= 1:
+        raise ValueError(f"{name}: expected true, false or a number from 0 to 1, got {right:g}")
+    return right
+
+
+def _log_likelihood(choice: Any, number: int) -> float:
+    """Of ``[log-likelihood, is greedy]``."""
+    try:
+        value = float(choice[0])
+    except (TypeError, ValueError, LookupError):
+        value = math.nan
+    if not isinstance(choice, list) or len(choice) != 2 or not math.isfinite(value):
+        raise ValueError(
+            f"filtered_resps: expected [log-likelihood, is greedy] for each choice, got {choice!r:.60} as item {number}"
+        )
+    return value
+
+
+def _response(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The response itself, if the record holds one."""
+    for name in ("response", "body"):
+        inside = record.get(name)
+        if isinstance(inside, Mapping):
+            record = inside
+    return record
+
+
+def _logprobs(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    completions = field(_response(record), "choices")
+    if not isinstance(completions, list) or len(completions) != 1 or not isinstance(completions[0], Mapping):
+        count = len(completions) if isinstance(completions, list) else "no list"
+        raise ValueError(f"choices: expected one completion, got {count}")
+    logprobs = completions[0].get("logprobs")
+    if not isinstance(logprobs, Mapping):
+        raise ValueError("choices.0.logprobs: expected log-probabilities, got none: ask the server for them")  # noqa: TRY004
+    return logprobs
+
+
+def _tokens(logprobs: Mapping[str, Any]) -> Iterable[tuple[str, float, dict[str, float]]]:
+    """Each token with its log-probability, and the most probable tokens in its place with theirs."""
+    try:
+        if logprobs.get("content") is not None:
+            for item in logprobs["content"]:
+                tops = {top["token"]: _logprob(top["logprob"]) for top in item.get("top_logprobs") or ()}
+                yield item["token"], _logprob(item["logprob"]), tops
+            return
+        tokens = logprobs["tokens"]
+        for token, logprob, tops in zip(
+            tokens, logprobs["token_logprobs"], logprobs.get("top_logprobs") or [None] * len(tokens), strict=True
+        ):
+            if logprob is not None:  # the first token of an echoed prompt has none
+                yield token, _logprob(logprob), {name: _logprob(one) for name, one in (tops or {}).items()}
+    except (TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"logprobs: expected 'content', or 'tokens' and 'token_logprobs', as the API gives them, got {error!r}"
+        ) from None
+
+
+def _logprob(value: Any) -> float:
+    """Rounding can take a log-probability above 0; -9999 stands for less than can be said."""
+    return min(_number(value, "logprob"), 0.0)
+
+
+def _as_choice(token: Any, choices: Sequence[str]) -> int | None:
+    """The number of the choice that a token is."""
+    if not isinstance(token, str):
+        return None
+    bare = token.strip().strip(_AROUND)
+    return choices.index(bare) if bare in choices else None
+
+
+def _gold(value: Any, name: str, choices: Sequence[str]) -> int:
+    if isinstance(value, str) and value.strip() in choices:
+        return choices.index(value.strip())
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
+        return value
+    raise ValueError(f"{name}: expected one of {', '.join(choices)}, or a number below {len(choices)}, got {value!r:.60}")
