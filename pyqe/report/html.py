@@ -21,7 +21,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from pyqe.report.page import ReportTable, counted, render_page, shown_number, write_page
+from pyqe.report.page import ReportTable, counted, render_page, root_ticks, shown_number, write_page
 
 COLOURS = 10  # classes q0 (worst) to q9 (best) of report.css
 BINS = 20  # of the histogram
@@ -473,7 +473,7 @@ def _histogram(texts: Sequence[_Text]) -> dict[str, Any] | None:
                 "counts": [(signal.short, counts[number]) for signal, counts in series],
             }
         )
-    ticks = [(value, height - height * math.sqrt(value / top)) for value in _root_ticks(top, height)]
+    ticks = [(value, height - height * math.sqrt(value / top)) for value in root_ticks(top, height)]
     signals = [signal for signal, _ in series]
     return {"width": width, "height": height, "step": step, "signals": signals, "bins": bins, "ticks": ticks}
 
@@ -486,18 +486,6 @@ def _bin_counts(texts: Sequence[_Text], signal: Signal) -> list[int]:
             if value is not None:
                 counts[min(BINS - 1, max(0, int(value * BINS)))] += 1
     return counts
-
-
-def _root_ticks(top: int, height: float) -> list[int]:
-    """Round counts up to ``top``, at least 22 units apart on a square-root axis of ``height``."""
-    powers = [10**power * factor for power in range(len(str(top))) for factor in (1, 2, 5)]
-    ticks, position = [0], 0.0
-    for value in powers:
-        at = height * math.sqrt(value / top)
-        if value <= top and at - position >= 22:
-            ticks.append(value)
-            position = at
-    return ticks
 
 
 # Page -------------------------------------------------------------------------------------------------------

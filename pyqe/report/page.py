@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -96,15 +97,28 @@ def shown_number(value: float | None) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.3f}"
 
 
+def root_ticks(top: int, height: float) -> list[int]:
+    """Round counts up to ``top``, at least 22 units apart on a square-root axis of ``height``."""
+    powers = [10**power * factor for power in range(len(str(top))) for factor in (1, 2, 5)]
+    ticks, position = [0], 0.0
+    for value in powers:
+        at = height * math.sqrt(value / top)
+        if value <= top and at - position >= 22:
+            ticks.append(value)
+            position = at
+    return ticks
+
+
 def _cell(value: object) -> str:
     """A cell of a ``ReportTable`` as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _is_numeric(value: object) -> bool:
-    """Whether a cell is to be aligned as a number."""
+    """Whether a cell is to be aligned as a number; a dash stands for one that is missing."""
+    text = str(value).rstrip("% ").replace(",", "")
     try:
-        float(str(value).rstrip("% "))
+        float("nan" if text == "–" else text)
     except ValueError:
         return False
     return True
