@@ -9,11 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 LETTERS = ("A", "B", "C", "D")
+Inputs = Literal["probs", "logits"]
 
 _AROUND = " \t\n()[].:*\"'▁Ġ"  # a choice in its token; the last two are how some tokenizers write a space
+
+
+class PercentageError(ValueError):
+    """A number from 1 to 100 in place of a probability."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +28,14 @@ class Answer:
     Attributes:
         confidence: in [0, 1].
         correct: in [0, 1], 1 for a right answer; None where it is not known.
-        logits: [K] of the choices among which the answer was taken, where the record has them.
+        scores: [K], probabilities or logits of the choices among which the answer was taken, where the record has them.
         label: the right choice's number, from 0, where the record has it.
         mass: in [0, 1], probability of all tokens that name a choice, where the record shows it.
     """
 
     confidence: float
     correct: float | None = None
-    logits: tuple[float, ...] | None = None
+    scores: tuple[float, ...] | None = None
     label: int | None = None
     mass: float | None = None
 
@@ -67,33 +72,70 @@ def from_fields(record: Mapping[str, Any], *, confidence: str = "confidence", co
         correct: path of true or false, 1 or 0, or a grade between; None: it is not wanted.
 
     Raises:
-        ValueError: a field is missing, or is something else. Percentages (1 to 100) are not converted.
+        PercentageError: a confidence above 1, up to 100: percentages are not converted.
+        ValueError: a field is missing, or is something else.
 
     Example:
         >>> from_fields({"confidence": 0.9, "grade": {"right": True}}, correct="grade.right")
-        Answer(confidence=0.9, correct=1.0, logits=None, label=None, mass=None)
+        Answer(confidence=0.9, correct=1.0, scores=None, label=None, mass=None)
     """
-    sure = _number(field(record, confidence), confidence)
-    if not 0 <= sure <= 1:
-        hint = "; divide a percentage by 100" if 1 < sure <= 100 else ""
-        raise ValueError(f"{confidence}: expected a number from 0 to 1, got {sure:g}{hint}")
+    sure = _probability(field(record, confidence), confidence)
     return Answer(sure, None if correct is None else _correctness(field(record, correct), correct))
 
 
-def from_lm_eval(sample: Mapping[str, Any]) -> Answer:
+def from_distribution(
+    record: Mapping[str, Any], *, scores: str = "probs", label: str | None = "label", inputs: Inputs
+) -> Answer:
+    """An answer of any record that has the probabilities or logits of all classes.
+
+    The answer is the class with the largest, the confidence its probability: of probabilities that do not sum to 1, its
+    share of the sum; of logits, its softmax.
+
+    Args:
+        record: of any kind.
+        scores: path of a list of numbers; see :func:`field`.
+        label: path of the right class's number, from 0; None: it is not wanted.
+        inputs: "probs" or "logits": which of them the numbers are.
+
+    Raises:
+        PercentageError: a probability above 1, up to 100.
+        ValueError: a field is missing, or is something else.
+
+    Example:
+        >>> from_distribution({"probs": [0.2, 0.6, 0.2], "label": 1}, inputs="probs")
+        Answer(confidence=0.6, correct=1.0, scores=(0.2, 0.6, 0.2), label=1, mass=None)
+    """
+    values = field(record, scores)
+    if not isinstance(values, list) or len(values) < 2:
+        raise ValueError(f"{scores}: expected a list of two numbers or more, got {values!r:.60}")
+    number = _probability if inputs == "probs" else _number
+    numbers = tuple(number(value, f"{scores}.{place}") for place, value in enumerate(values))
+    if inputs == "probs" and not any(numbers):
+        raise ValueError(f"{scores}: expected probabilities, got nothing but 0")
+    confidence = max(numbers) / sum(numbers) if inputs == "probs" else _largest_share(numbers)
+    if label is None:
+        return Answer(min(confidence, 1.0), None, numbers)
+    right = field(record, label)
+    if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(numbers):
+        raise ValueError(f"{label}: expected a number from 0 to {len(numbers) - 1}, got {right!r:.60}")
+    return Answer(min(confidence, 1.0), float(numbers.index(max(numbers)) == right), numbers, right)
+
+
+def from_lm_eval(sample: Mapping[str, Any], *, correct: str | None = "acc") -> Answer:
     r"""An answer of a multiple-choice sample that lm-evaluation-harness logs (``--log_samples``).
 
     The answer is the choice with the largest log-likelihood :math:`l_i`, the confidence its share
     :math:`\max_i \exp(l_i) / \sum_j \exp(l_j)` of what the choices have together, so that it is at least 1 / K.
-    Whether it is right says ``acc``; ``acc_norm`` judges another choice, the best by length.
+    ``acc`` says whether it is right; ``acc_norm`` is about another choice, the best by length.
 
     Args:
         sample: a line of ``samples_TASK_DATE.jsonl``, with ``filtered_resps``: for each choice its log-likelihood and
             whether it is greedy, as numbers or, in newer versions, as text. Where log-likelihoods without the question
             follow (``acc_mutual_info``), they are passed over.
+        correct: path of the correctness; None: it is not wanted.
 
     Returns:
-        ``logits`` are the log-likelihoods, ``label`` is ``target`` where that is a choice's number.
+        ``scores`` are the log-likelihoods, ``label`` is ``target`` where that is a choice's number.
 
     Raises:
         ValueError: a field is missing; fewer than two choices, as in tasks that generate text or score a single
@@ -109,11 +151,10 @@ def from_lm_eval(sample: Mapping[str, Any]) -> Answer:
     if not isinstance(choices, list) or len(choices) < 2:
         raise ValueError("filtered_resps: expected log-likelihoods of two choices or more, got none")
     logits = tuple(_log_likelihood(choice, number) for number, choice in enumerate(choices))
-    highest = max(logits)
-    confidence = 1 / sum(math.exp(logit - highest) for logit in logits)
+    right = None if correct is None else _correctness(field(sample, correct), correct)
     target = str(sample.get("target"))
     label = int(target) if target.isdecimal() and int(target) < len(logits) else None
-    return Answer(confidence, _correctness(field(sample, "acc"), "acc"), logits, label)
+    return Answer(_largest_share(logits), right, logits, label)
 
 
 def from_logprobs(
@@ -178,6 +219,21 @@ def _number(value: Any, name: str) -> float:
         shown = {None: "null", True: "true", False: "false"}.get(value) if not isinstance(value, (list, dict)) else None
         raise ValueError(f"{name}: expected a number, got {shown or repr(value)[:60]}")
     return float(value)
+
+
+def _probability(value: Any, name: str) -> float:
+    number = _number(value, name)
+    if 1 < number <= 100:
+        raise PercentageError(f"{name}: expected a number from 0 to 1, got {number:g}; divide a percentage by 100")
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {number:g}")
+    return number
+
+
+def _largest_share(logits: Sequence[float]) -> float:
+    """The largest of their softmax."""
+    highest = max(logits)
+    return 1 / math.fsum(math.exp(logit - highest) for logit in logits)
 
 
 def _correctness(value: Any, name: str) -> float:
