@@ -6,6 +6,7 @@ that it cannot read is a ``ValueError`` whose message names the field, what was 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Literal
 LETTERS = ("A", "B", "C", "D")
 Inputs = Literal["probs", "logits"]
 
+_ABOVE_ONE = 1e-3  # by which rounding, to 16 bits or by an API, may take a probability beyond 1
 _AROUND = " \t\n()[].:*\"'▁Ġ"  # a choice in its token; the last two are how some tokenizers write a space
 
 
@@ -63,7 +65,9 @@ def field(record: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def from_fields(record: Mapping[str, Any], *, confidence: str = "confidence", correct: str | None = "correct") -> Answer:
+def from_fields(
+    record: Mapping[str, Any], *, confidence: str = "confidence", correct: str | None = "correct"
+) -> Answer:
     """An answer of any record that has a confidence and a correctness.
 
     Args:
@@ -107,7 +111,7 @@ def from_distribution(
     """
     values = field(record, scores)
     if not isinstance(values, list) or len(values) < 2:
-        raise ValueError(f"{scores}: expected a list of two numbers or more, got {values!r:.60}")
+        raise ValueError(f"{scores}: expected a list of two numbers or more, got {_shown(values)}")
     number = _probability if inputs == "probs" else _number
     numbers = tuple(number(value, f"{scores}.{place}") for place, value in enumerate(values))
     if inputs == "probs" and not any(numbers):
@@ -117,7 +121,7 @@ def from_distribution(
         return Answer(min(confidence, 1.0), None, numbers)
     right = field(record, label)
     if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(numbers):
-        raise ValueError(f"{label}: expected a number from 0 to {len(numbers) - 1}, got {right!r:.60}")
+        raise ValueError(f"{label}: expected a number from 0 to {len(numbers) - 1}, got {_shown(right)}")
     return Answer(min(confidence, 1.0), float(numbers.index(max(numbers)) == right), numbers, right)
 
 
@@ -158,13 +162,17 @@ def from_lm_eval(sample: Mapping[str, Any], *, correct: str | None = "acc") -> A
 
 
 def from_logprobs(
-    record: Mapping[str, Any], *, choices: Sequence[str] = LETTERS, gold: str | None = "gold", correct: str | None = None
+    record: Mapping[str, Any],
+    *,
+    choices: Sequence[str] = LETTERS,
+    gold: str | None = "gold",
+    correct: str | None = None,
 ) -> Answer:
     """An answer of a response with log-probabilities, as OpenAI's API and vLLM's server give it.
 
     The answer is the first token that is a choice (" B", "B", "(B" and "B." are "B"), the confidence that token's
-    probability in the softmax over the whole vocabulary. ``mass`` is the sum over all tokens that are a choice, of those
-    that ``top_logprobs`` shows there: a lower bound.
+    probability in the softmax over the whole vocabulary. ``mass`` is the sum over all tokens that are a choice, of
+    those that ``top_logprobs`` shows there: a lower bound.
 
     Args:
         record: a chat completion (``choices[0].logprobs.content``) or a completion
@@ -175,7 +183,7 @@ def from_logprobs(
         correct: path of the correctness instead, as for :func:`from_fields`.
 
     Raises:
-        ValueError: a field is missing; several completions; no token is a choice.
+        ValueError: a field is missing; several completions; an echoed prompt; no token is a choice.
 
     Example:
         >>> token = {"token": "B", "logprob": -0.1, "top_logprobs": [{"token": "B", "logprob": -0.1}]}
@@ -215,35 +223,48 @@ def format_of(record: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        shown = {None: "null", True: "true", False: "false"}.get(value) if not isinstance(value, (list, dict)) else None
-        raise ValueError(f"{name}: expected a number, got {shown or repr(value)[:60]}")
-    return float(value)
+    number = _finite(value)
+    if number is None:
+        raise ValueError(f"{name}: expected a number, got {_shown(value)}")
+    return number
 
 
 def _probability(value: Any, name: str) -> float:
     number = _number(value, name)
-    if 1 < number <= 100:
+    if 1 + _ABOVE_ONE < number <= 100:
         raise PercentageError(f"{name}: expected a number from 0 to 1, got {number:g}; divide a percentage by 100")
-    if not 0 <= number <= 1:
+    if not 0 <= number <= 1 + _ABOVE_ONE:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {number:g}")
-    return number
+    return min(number, 1.0)
+
+
+def _correctness(value: Any, name: str) -> float:
+    right = float(value) if isinstance(value, bool) else _finite(value)
+    if right is None or not 0 <= right <= 1:
+        raise ValueError(f"{name}: expected true, false or a number from 0 to 1, got {_shown(value)}")
+    return right
+
+
+def _finite(value: Any) -> float | None:
+    """A JSON number, if it is one that a float can be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _shown(value: Any) -> str:
+    """A value for an error."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _largest_share(logits: Sequence[float]) -> float:
     """The largest of their softmax."""
     highest = max(logits)
     return 1 / math.fsum(math.exp(logit - highest) for logit in logits)
-
-
-def _correctness(value: Any, name: str) -> float:
-    try:
-        right = float(value) if isinstance(value, bool) else _number(value, name)
-    except ValueError as error:
-        raise ValueError(str(error).replace("a number", "true, false or a number from 0 to 1")) from None
-    if not 0 <= right <= 1:
-        raise ValueError(f"{name}: expected true, false or a number from 0 to 1, got {right:g}")
-    return right
 
 
 def _log_likelihood(choice: Any, number: int) -> float:
@@ -254,7 +275,7 @@ def _log_likelihood(choice: Any, number: int) -> float:
         value = math.nan
     if not isinstance(choice, list) or len(choice) != 2 or not math.isfinite(value):
         raise ValueError(
-            f"filtered_resps: expected [log-likelihood, is greedy] for each choice, got {choice!r:.60} as item {number}"
+            f"filtered_resps: expected [log-likelihood, is greedy] for each choice, got {_shown(choice)} as item {number}"
         )
     return value
 
@@ -288,11 +309,11 @@ def _tokens(logprobs: Mapping[str, Any]) -> Iterable[tuple[str, float, dict[str,
                 yield item["token"], _logprob(item["logprob"]), tops
             return
         tokens = logprobs["tokens"]
-        for token, logprob, tops in zip(
-            tokens, logprobs["token_logprobs"], logprobs.get("top_logprobs") or [None] * len(tokens), strict=True
-        ):
-            if logprob is not None:  # the first token of an echoed prompt has none
-                yield token, _logprob(logprob), {name: _logprob(one) for name, one in (tops or {}).items()}
+        numbers, tops_of = logprobs["token_logprobs"], logprobs.get("top_logprobs") or [None] * len(tokens)
+        if numbers and numbers[0] is None:
+            raise ValueError("logprobs: expected the answer alone, got the prompt with it: ask for echo=false")
+        for token, logprob, tops in zip(tokens, numbers, tops_of, strict=True):
+            yield token, _logprob(logprob), {name: _logprob(one) for name, one in (tops or {}).items()}
     except (TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             f"logprobs: expected 'content', or 'tokens' and 'token_logprobs', as the API gives them, got {error!r}"
@@ -317,4 +338,6 @@ def _gold(value: Any, name: str, choices: Sequence[str]) -> int:
         return choices.index(value.strip())
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
         return value
-    raise ValueError(f"{name}: expected one of {', '.join(choices)}, or a number below {len(choices)}, got {value!r:.60}")
+    raise ValueError(
+        f"{name}: expected one of {', '.join(choices)}, or a number below {len(choices)}, got {_shown(value)}"
+    )

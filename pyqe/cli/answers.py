@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from pyqe.cli.rows import Row, complain, read_rows
 
 if TYPE_CHECKING:
     from pyqe.readers import Answer
+
+Check = Callable[["Found"], None]
 
 _PERCENTAGES = 10  # as many rows that look like it, and most of all so far, are no mistake in single rows
 
@@ -102,6 +104,15 @@ def answer_options(name: str, kind: type[AnswerOptions], *more: Decorator) -> De
     )
 
 
+@dataclass(frozen=True)
+class Found:
+    """A row with its answer, or None, and its group, if groups were asked for."""
+
+    row: Row
+    answer: Answer | None = None
+    group: str | None = None
+
+
 @dataclass
 class Answers:
     """What was read.
@@ -128,6 +139,17 @@ class Answers:
         """[N], of answers that are judged."""
         return [answer.correct for answer in self.answers if answer.correct is not None]
 
+    def counting(self, each: Iterable[Found]) -> Iterator[Found]:
+        """Take note of each."""
+        for found in each:
+            self.rows += found.row.status != "empty"
+            self.failed += found.row.status == "failed"
+            if found.answer is not None:
+                self.answers.append(found.answer)
+                if found.group is not None:
+                    self.groups.append(found.group)
+            yield found
+
     def finish(self) -> None:
         """Say how much was read.
 
@@ -139,29 +161,29 @@ class Answers:
             raise click.exceptions.Exit(3)
 
 
-def read_answers(options: AnswerOptions, judged: bool = True) -> Answers:
-    """All answers; bad rows are reported and left out.
+def read_answers(options: AnswerOptions, check: Check | None = None) -> Answers:
+    """All judged answers; bad rows are reported and left out.
 
     Raises:
         OSError: the input cannot be read.
         BadRowError: with ``strict``.
         ValueError: no answer at all, or percentages for probabilities.
     """
-    found = Answers()
-    for row, answer, group in each_answer(options, judged):
-        found.rows += row.status != "empty"
-        found.failed += row.status == "failed"
-        if answer is not None:
-            found.answers.append(answer)
-            if group is not None:
-                found.groups.append(group)
-    if not found.answers:
-        raise ValueError(f"{options.name}: expected one good row at least, got none of {found.rows}")
-    return found
+    answers = Answers()
+    for _ in answers.counting(each_answer(options, True, check)):
+        pass
+    if not answers.answers:
+        raise ValueError(f"{options.name}: expected one good row at least, got none of {answers.rows}")
+    return answers
 
 
-def each_answer(options: AnswerOptions, judged: bool) -> Iterator[tuple[Row, Answer | None, str | None]]:
-    """Each row with its answer and group; what has none is reported, unless it is blank.
+def each_answer(options: AnswerOptions, judged: bool, check: Check | None = None) -> Iterator[Found]:
+    """Each row with its answer; a bad one is reported.
+
+    Args:
+        options: what is read.
+        judged: whether answers need a correctness.
+        check: raises a ValueError for an answer that is of no use.
 
     Raises:
         as :func:`read_answers`.
@@ -170,20 +192,22 @@ def each_answer(options: AnswerOptions, judged: bool) -> Iterator[tuple[Row, Ans
 
     rows = percentages = 0
     for row in _rows(options.source):
-        answer, group = None, None
+        found = Found(row)
         if row.status == "ok":
             try:
-                answer = options.read(row.fields, judged)
                 group = None if options.group is None else _group(row.fields, options.group)
+                found = Found(row, options.read(row.fields, judged), group)
+                if check is not None:
+                    check(found)
             except ValueError as error:
                 percentages += isinstance(error, PercentageError)
-                answer, row = None, Row(row.line, row.fields, "failed", str(error))
-        if row.status == "failed":
-            complain(row.line, row.reason, options.strict)
+                found = Found(Row(row.line, row.fields, "failed", str(error)))
         rows += row.status != "empty"
+        if found.row.status == "failed":
+            complain(row.line, found.row.reason, options.strict)
         if percentages >= _PERCENTAGES and 2 * percentages > rows:
             break
-        yield row, answer, group
+        yield found
     if 2 * percentages > rows:
         raise ValueError(f"{options.name}: most confidences are above 1; percentages have to be divided by 100 first")
 

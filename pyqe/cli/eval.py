@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with all figures of each group.")
 @click.option("--report", metavar="FILE", help="Write the figures with charts as an HTML page, too.")
 @config_option
-def command(
-    options: AnswerOptions, bins: int, penalties: tuple[float, ...], as_json: bool, report: str | None
-) -> None:
+def command(options: AnswerOptions, bins: int, penalties: tuple[float, ...], as_json: bool, report: str | None) -> None:
     """Tell how good the confidences in INPUT are (default stdin): calibration, ranking, abstention.
 
     A JSON line needs a confidence and whether the answer is right: fields of your own, also inside others ("a.b"), what
@@ -65,7 +63,7 @@ def command(
 
 
 def _document(found: Answers, evaluation: Evaluation) -> dict[str, Any]:
-    document = {"rows": found.rows, "failed": found.failed, "confidence": _mean(found.confidence)}
+    document: dict[str, Any] = {"rows": found.rows, "failed": found.failed, "confidence": _mean(found.confidence)}
     mass = _choice_mass(found)
     if mass is not None:
         document["choice_mass"] = mass

@@ -35,7 +35,7 @@ def figure_rows(evaluation: Evaluation, confidence: float, n_bins: int) -> list[
         ("Smooth calibration error", shown(evaluation.smooth_calibration_error)),
         ("Brier score", shown(evaluation.brier)),
         ("AUROC", shown(auroc.auroc)),
-        ("AUROC, 95 % interval", f"{shown(auroc.low)} to {shown(auroc.high)}"),
+        ("AUROC, 95 % interval", "–" if math.isnan(auroc.low) else f"{shown(auroc.low)} to {shown(auroc.high)}"),
         ("Mann-Whitney p", _shown_p(auroc.p_value)),
         ("Average precision", shown(evaluation.average_precision)),
         ("AURC", shown(evaluation.aurc)),

@@ -65,12 +65,16 @@ def render_page(template: str, styles: Sequence[str], script: str | None = None,
     """
     style = "".join(map(_asset, styles))
     code = None if script is None else _asset(script)
-    page = _environment().get_template(template).render(
-        style=Markup(style),
-        style_hash=_content_hash(style),
-        script=None if code is None else Markup(code),
-        script_hash=None if code is None else _content_hash(code),
-        **values,
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            style=Markup(style),
+            style_hash=_content_hash(style),
+            script=None if code is None else Markup(code),
+            script_hash=None if code is None else _content_hash(code),
+            **values,
+        )
     )
     return _showable(page)
 
