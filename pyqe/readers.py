@@ -271,12 +271,11 @@ def _log_likelihood(choice: Any, number: int) -> float:
     """Of ``[log-likelihood, is greedy]``."""
     try:
         value = float(choice[0])
-    except (TypeError, ValueError, LookupError):
+    except (TypeError, ValueError, LookupError, OverflowError):
         value = math.nan
     if not isinstance(choice, list) or len(choice) != 2 or not math.isfinite(value):
-        raise ValueError(
-            f"filtered_resps: expected [log-likelihood, is greedy] for each choice, got {_shown(choice)} as item {number}"
-        )
+        expected = "[log-likelihood, is greedy] for each choice"
+        raise ValueError(f"filtered_resps: expected {expected}, got {_shown(choice)} as item {number}")
     return value
 
 

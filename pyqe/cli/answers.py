@@ -195,8 +195,9 @@ def each_answer(options: AnswerOptions, judged: bool, check: Check | None = None
         found = Found(row)
         if row.status == "ok":
             try:
+                answer = options.read(row.fields, judged)
                 group = None if options.group is None else _group(row.fields, options.group)
-                found = Found(row, options.read(row.fields, judged), group)
+                found = Found(row, answer, group)
                 if check is not None:
                     check(found)
             except ValueError as error:
@@ -217,13 +218,12 @@ def _rows(source: str) -> Iterator[Row]:
     if Path(source).suffix.lower() == ".json":
         try:
             document = json.loads(Path(source).read_text(encoding="utf-8-sig"))
-        except ValueError:
-            document = None  # lines of JSON, perhaps
-        if isinstance(document, list) and not all(isinstance(item, dict) for item in document):
-            raise ValueError(f"{source}: expected a list of JSON objects")
-        if document is not None:
-            items = document if isinstance(document, list) else [document]
-            return (Row(number, item) for number, item in enumerate(items, 1))
+        except ValueError:  # lines of JSON, perhaps
+            return read_rows(source, "jsonl", "", lambda fields: None)
+        items = document if isinstance(document, list) else [document]
+        if not all(isinstance(item, dict) for item in items):
+            raise ValueError(f"{source}: expected JSON objects, in a list or one a line")
+        return (Row(number, item) for number, item in enumerate(items, 1))
     return read_rows(source, "jsonl", "", lambda fields: None)
 
 

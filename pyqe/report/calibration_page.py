@@ -175,6 +175,8 @@ def _series(key: str, label: str, confidence: Any, correct: Any, settings: Mappi
 
     sure = vector(confidence, "calibrated" if key == "after" else "confidence", low=0, high=1)
     right = vector(correct, "correct", low=0, high=1, length=len(sure))
+    if not len(sure):
+        raise ValueError("confidence: expected one row at least, got none")
     return _Series(key, label, sure, right, evaluate(sure, right, **settings))
 
 
