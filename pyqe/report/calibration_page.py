@@ -194,7 +194,7 @@ def _verdict(one: _Series) -> str:
     gap = float(one.confidence.mean() - one.correct.mean())
     mean = f"mean confidence is {_per_cent(one.confidence.mean())}"
     if abs(gap) < 0.005:
-        return f"{mean}, as it should be"
+        return f"{mean}, within half a point"
     return f"{mean}, {100 * abs(gap):.1f} points too {'high' if gap > 0 else 'low'}"
 
 
