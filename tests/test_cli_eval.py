@@ -158,6 +158,18 @@ def test_fields_by_path(call: Call) -> None:
     assert json.loads(result.stdout) == json.loads(call("eval", "--json", stdin=jsonl(answers())).stdout)
 
 
+def test_graded_answers(call: Call, here: Path) -> None:
+    """AUROC is not defined; everything else is."""
+    items = [{"confidence": 0.1 * (number % 10), "correct": 0.5 * (number % 3)} for number in range(60)]
+    put("graded.jsonl", items)
+    found = json.loads(call("eval", "graded.jsonl", "--json", "--report", "page.html").stdout)
+    assert found["accuracy"] == pytest.approx(0.5)
+    assert (found["auroc"]["auroc"], found["average_precision"]) == (None, None)
+    assert found["aurc"] > 0
+    assert (here / "page.html").exists()
+    assert call("calibrate", "fit", "graded.jsonl", "--method", "platt", "-o", "folder").exit_code == OK
+
+
 def test_lm_eval_samples(call: Call) -> None:
     items = [sample(-1.0, -2.0 - number, acc=float(number % 2)) for number in range(6)]
     put("samples.jsonl", items)

@@ -79,10 +79,10 @@ def render_calibration_report(
 
     Args:
         confidence: [N], in [0, 1].
-        correct: [N], 0 or 1.
+        correct: [N], 0 or 1, or graded between.
         groups: [N], names.
         calibrated: [N], in [0, 1], confidences after calibration, which are set against the others.
-        calibrated_correct: [N], 0 or 1, where calibration changed the answers; otherwise ``correct`` holds for both.
+        calibrated_correct: [N], where calibration changed the answers; otherwise ``correct`` holds for both.
         n_bins: of the reliability diagram and the calibration errors.
         penalties: of wrong answers, for abstention.
         title: heading of the page.
@@ -175,8 +175,6 @@ def _series(key: str, label: str, confidence: Any, correct: Any, settings: Mappi
 
     sure = vector(confidence, "calibrated" if key == "after" else "confidence", low=0, high=1)
     right = vector(correct, "correct", low=0, high=1, length=len(sure))
-    if not len(sure):
-        raise ValueError("confidence: expected one row at least, got none")
     return _Series(key, label, sure, right, evaluate(sure, right, **settings))
 
 
