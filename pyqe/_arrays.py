@@ -88,7 +88,7 @@ def present(*arrays: Floats | None) -> NDArray[np.bool_]:
     given = [array for array in arrays if array is not None]
     rows = np.ones(len(given[0]), dtype=bool)
     for array in given:
-        rows &= ~np.isnan(array).reshape(len(array), -1).any(axis=1)
+        rows &= ~np.isnan(array).any(axis=tuple(range(1, array.ndim)))
     return rows
 
 

@@ -39,7 +39,8 @@ class AbstentionResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures about a series of answers; NaN where one is not defined (no answers, all right, no probabilities).
+    """Figures about a series of answers; NaN where one is not defined (no answers, all right, grades, no
+    probabilities).
 
     Attributes:
         n: answers that count.
@@ -119,7 +120,7 @@ def evaluate(
 
     Args:
         confidence: [N].
-        correct: [N], 0 or 1.
+        correct: [N], 0 or 1, or graded between, where AUROC and average precision are not defined.
         groups: [N], names (of datasets, say); each is evaluated on its own, too.
         probability: whether confidences are probabilities: calibration errors and the Brier score are for those alone.
         n_bins: of the calibration errors.
@@ -204,12 +205,15 @@ def _evaluate(
         return Evaluation(0, omitted)
     sure, right, numbers = sure[rows], right[rows], numbers[rows]
     generator = np.random.default_rng(settings.seed)
+    graded = bool(((right != 0) & (right != 1)).any())
     return Evaluation(
         n=len(sure),
         omitted=omitted,
         accuracy=float(right.mean()),
-        auroc=metrics.auroc_test(right, sure, n_bootstrap=settings.n_bootstrap, seed=generator),
-        average_precision=metrics.average_precision(right, sure),
+        auroc=_UNDEFINED
+        if graded
+        else metrics.auroc_test(right, sure, n_bootstrap=settings.n_bootstrap, seed=generator),
+        average_precision=math.nan if graded else metrics.average_precision(right, sure),
         aurc=metrics.aurc(right, sure),
         prediction_rejection_ratio=metrics.prediction_rejection_ratio(right, sure),
         abstention=_abstention(sure, right, numbers, settings, generator),

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pyqe import __version__
-from pyqe.cli import bench, demo, doctor, generate, report, score, train
+from pyqe.cli import bench, calibrate, demo, doctor, eval, generate, report, score, train
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -61,6 +61,8 @@ def main() -> None:
     pyqe score texts.jsonl -m MODEL --head head   a quality for every token of given text
     pyqe generate prompts.txt -m MODEL            generate, with a quality for every token
     pyqe report scores.jsonl -o report.html       what score or generate wrote, as a page
+    pyqe eval answers.jsonl                       how good their confidences are
+    pyqe calibrate fit|apply                      confidences made to mean what they say
     pyqe bench                                    pyqe beside its rivals, measured on this machine
     pyqe doctor                                   what this machine offers, and what is missing
 
@@ -70,5 +72,5 @@ def main() -> None:
     """
 
 
-for module in (demo, train, score, generate, report, bench, doctor):
+for module in (demo, train, score, generate, report, eval, calibrate, bench, doctor):
     main.add_command(module.command)

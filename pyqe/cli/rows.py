@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn
+from typing import IO, Any, Literal, NoReturn, TypeVar
 
 Format = Literal["jsonl", "text", "tsv"]
 FORMATS: tuple[Format, ...] = ("jsonl", "text", "tsv")
@@ -21,6 +21,8 @@ _SUFFIXES: dict[str, Format] = {
     ".tsv": "tsv",
     ".txt": "text",
 }
+
+Item = TypeVar("Item")
 
 Check = Callable[[dict[str, Any]], str | None]
 """What is wrong with a row's fields, or None."""
@@ -204,9 +206,9 @@ def complain(line: int, reason: str | None, strict: bool) -> None:
     tqdm.write(f"pyqe: {message}", file=sys.stderr)  # above a progress bar, if there is one
 
 
-def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+def chunks(rows: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Consecutive rows, ``size`` at a time."""
-    chunk: list[Row] = []
+    chunk: list[Item] = []
     for row in rows:
         chunk.append(row)
         if len(chunk) == size:

@@ -2,8 +2,7 @@
 
 The page needs no network and, for reading, no JavaScript: the heat map of the first available signal, the
 list of the least sure places and the histogram are drawn here. The script in ``report.js`` adds the switch
-between signals, the threshold and the card on hover; ``_payload`` hands it the numbers. A content security
-policy with the hashes of our own style and script keeps everything else from running or loading.
+between signals, the threshold and the card on hover; ``_payload`` hands it the numbers.
 
 Vocabulary of this module: a *signal* is one number per token (``SIGNALS``); a *span* is a piece of the text
 with the tokens that lie on it, mostly one, several where a byte-level tokenizer splits a character; a *place*
@@ -12,29 +11,23 @@ is a span in the list of the least sure ones.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import heapq
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from pyqe._files import atomic_path
+from pyqe.report.page import ReportTable, counted, render_page, root_ticks, shown_number, write_page
 
 COLOURS = 10  # classes q0 (worst) to q9 (best) of report.css
 BINS = 20  # of the histogram
 CONTEXT = 40  # characters either side of a place in the list
 SLACK = 1e-3  # a probability may leave [0, 1] by this much: sums of rounded ones do
 
-_HERE = Path(__file__).parent
 _VISIBLE = str.maketrans({"\n": "↵", "\r": "␍", "\t": "⇥"})
 
 
@@ -56,37 +49,6 @@ SIGNALS = (
     Signal("entropy", "token_entropy", "Entropy", "entropy", lower_is_better=True),
 )
 SOFTMAX_MAXIMUM = Signal("max", "token_max_prob", "Softmax maximum", "maximum")  # in the card only
-
-
-@dataclass(frozen=True)
-class ReportTable:
-    """An extra table of the report, such as the AUROC of two signals side by side.
-
-    Args:
-        title: heading of the table.
-        columns: names of the columns.
-        rows: one sequence of cells for each row; floats are shown with four significant digits.
-        note: a sentence below the table.
-
-    Raises:
-        ValueError: a row has another number of cells than there are columns.
-
-    >>> ReportTable("AUROC", ["signal", "AUROC"], [["sigmoid", 0.81], ["softmax", 0.72]]).columns
-    ['signal', 'AUROC']
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[object]]
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        for number, row in enumerate(self.rows):
-            if len(row) != len(self.columns):
-                raise ValueError(
-                    f"table {self.title!r}: rows[{number}] must have {len(self.columns)} cells, one for each "
-                    f"column, got {len(row)}"
-                )
 
 
 @dataclass(frozen=True)
@@ -168,30 +130,23 @@ def render_report(
     scales = _scales(checked)
     main = scales[0] if scales else None
     places = _least_sure(checked, main, worst) if main else []
-    css, script = _asset("report.css"), _asset("report.js")
-    page = (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            title=title,
-            summary=dict(summary or {}),
-            tables=tables,
-            facts=_facts(checked, main),
-            scales=scales,
-            main=main,
-            colours=range(COLOURS),
-            has_errors=any(text.errors for text in checked),
-            texts=_text_views(checked, main, places),
-            places=[_place_view(checked[index], index, span, scales) for index, span in places],
-            histogram=_histogram(checked),
-            payload=_script_json(_payload(checked, scales)),
-            css=Markup(css),
-            css_hash=_content_hash(css),
-            script=Markup(script),
-            script_hash=_content_hash(script),
-        )
+    return render_page(
+        "report.html.jinja",
+        ["page.css", "report.css"],
+        "report.js",
+        title=title,
+        summary=dict(summary or {}),
+        tables=tables,
+        facts=_facts(checked, main),
+        scales=scales,
+        main=main,
+        colours=range(COLOURS),
+        has_errors=any(text.errors for text in checked),
+        texts=_text_views(checked, main, places),
+        places=[_place_view(checked[index], index, span, scales) for index, span in places],
+        histogram=_histogram(checked),
+        payload=_script_json(_payload(checked, scales)),
     )
-    return _showable(page)
 
 
 def write_report(
@@ -218,9 +173,7 @@ def write_report(
     ...     (pathlib.Path(folder) / "report.html").read_text(encoding="utf-8")[:15]
     '<!doctype html>'
     """
-    page = render_report(texts, title=title, summary=summary, tables=tables, worst=worst)
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", newline="\n")
+    write_page(path, render_report(texts, title=title, summary=summary, tables=tables, worst=worst))
 
 
 # Checking ---------------------------------------------------------------------------------------------------
@@ -368,20 +321,15 @@ def _least_sure(texts: Sequence[_Text], scale: _Scale, count: int) -> list[tuple
 def _facts(texts: Sequence[_Text], main: _Scale | None) -> list[str]:
     """Counts for the line below the title."""
     tokens = sum(len(text.tokens) for text in texts)
-    facts = [_count(len(texts), "text"), _count(tokens, "token")]
+    facts = [counted(len(texts), "text"), counted(tokens, "token")]
     if main:
         unscored = sum(value is None for text in texts for value in text.values[main.signal.key])
         if unscored:
-            facts.append(f"{_count(unscored, 'token')} without a score")
+            facts.append(f"{counted(unscored, 'token')} without a score")
     unfinished = sum(text.record.get("status") not in (None, "ok") for text in texts)
     if unfinished:
-        facts.append(f"{_count(unfinished, 'text')} not fully scored")
+        facts.append(f"{counted(unfinished, 'text')} not fully scored")
     return facts
-
-
-def _count(number: int, noun: str) -> str:
-    """``1 text``, ``1,200 texts``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 # Heat map ---------------------------------------------------------------------------------------------------
@@ -408,7 +356,7 @@ def _text_views(
                 "quality": quality,
                 "quality_class": "qn" if quality is None else f"q{_Scale(SIGNALS[0], 1.0).colour(quality)}",
                 "errors": len(text.errors),
-                "tokens": _count(len(text.tokens), "token"),
+                "tokens": counted(len(text.tokens), "token"),
                 "is_empty": not text.text,
                 "placed": text.placed,
                 "plain": Markup(_marked(text, 0, len(text.text))),
@@ -447,7 +395,7 @@ def _span_attributes(text: _Text, span: _Span, main: _Scale | None) -> str:
         known = [score for score in scores if score is not None]
         if known:
             classes = f"q{main.colour(main.worst(known))}" + (" h" if len(known) < len(scores) else "")
-            hover = f"{main.signal.short} {', '.join(map(_number, scores))}"
+            hover = f"{main.signal.short} {', '.join(map(shown_number, scores))}"
     if not shown:
         classes += " z"
     elif "\n" in shown and shown.isspace():
@@ -482,7 +430,7 @@ def _place_view(text: _Text, index: int, span: _Span, scales: Sequence[_Scale]) 
     numbers = []
     for scale in scales:
         values = _span_values(text, span, scale.signal)
-        numbers.append((scale.signal.short, _number(scale.worst(values) if values else None)))
+        numbers.append((scale.signal.short, shown_number(scale.worst(values) if values else None)))
     main = scales[0]
     return {
         "anchor": f"p{index + 1}-{span.first + 1}",
@@ -525,7 +473,7 @@ def _histogram(texts: Sequence[_Text]) -> dict[str, Any] | None:
                 "counts": [(signal.short, counts[number]) for signal, counts in series],
             }
         )
-    ticks = [(value, height - height * math.sqrt(value / top)) for value in _root_ticks(top, height)]
+    ticks = [(value, height - height * math.sqrt(value / top)) for value in root_ticks(top, height)]
     signals = [signal for signal, _ in series]
     return {"width": width, "height": height, "step": step, "signals": signals, "bins": bins, "ticks": ticks}
 
@@ -538,18 +486,6 @@ def _bin_counts(texts: Sequence[_Text], signal: Signal) -> list[int]:
             if value is not None:
                 counts[min(BINS - 1, max(0, int(value * BINS)))] += 1
     return counts
-
-
-def _root_ticks(top: int, height: float) -> list[int]:
-    """Round counts up to ``top``, at least 22 units apart on a square-root axis of ``height``."""
-    powers = [10**power * factor for power in range(len(str(top))) for factor in (1, 2, 5)]
-    ticks, position = [0], 0.0
-    for value in powers:
-        at = height * math.sqrt(value / top)
-        if value <= top and at - position >= 22:
-            ticks.append(value)
-            position = at
-    return ticks
 
 
 # Page -------------------------------------------------------------------------------------------------------
@@ -603,65 +539,3 @@ def _script_json(value: object) -> Markup:
     """JSON that can stand in a ``<script>`` element: nothing in it ends the element or opens a comment."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
-
-
-def _showable(page: str) -> str:
-    """Replace what HTML can't carry: control characters by their pictures, lone surrogates by U+FFFD.
-
-    A carriage return becomes a character reference, since a parser turns a bare one into a newline.
-    """
-
-    def replacement(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        if code == 0x0D:
-            return "&#13;"
-        if code == 0x7F:
-            return "\u2421"
-        return chr(0x2400 + code) if code < 0x20 else "\ufffd"
-
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", replacement, page)
-
-
-def _number(value: float | None) -> str:
-    """A score as the page shows it."""
-    if value is None:
-        return "–"
-    return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.3f}"
-
-
-def _cell(value: object) -> str:
-    """A cell of a ``ReportTable`` as text."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _is_numeric(value: object) -> bool:
-    """Whether a cell is to be aligned as a number."""
-    try:
-        float(str(value).rstrip("% "))
-    except ValueError:
-        return False
-    return True
-
-
-def _asset(name: str) -> str:
-    """A file beside this module."""
-    return (_HERE / name).read_text(encoding="utf-8")
-
-
-def _content_hash(source: str) -> str:
-    """The source expression of the content security policy that allows exactly ``source``."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-
-
-def _environment() -> Environment:
-    """Jinja2 with escaping on and undefined names as errors."""
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=_number, cell=_cell)
-    environment.tests["numeric"] = _is_numeric
-    return environment
