@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_HOMES: dict[str, str] = {}
+if TYPE_CHECKING:
+    from pyqe.choice.answers import parse_answer
+    from pyqe.choice.prompts import PromptFormat, Question, read_questions
+    from pyqe.choice.scored import ScoredChoice
+    from pyqe.choice.scorer import ChoiceScorer
 
-__all__: list[str] = []
+_HOMES = {
+    "ChoiceScorer": "pyqe.choice.scorer",
+    "PromptFormat": "pyqe.choice.prompts",
+    "Question": "pyqe.choice.prompts",
+    "ScoredChoice": "pyqe.choice.scored",
+    "parse_answer": "pyqe.choice.answers",
+    "read_questions": "pyqe.choice.prompts",
+}
+
+__all__ = ["ChoiceScorer", "PromptFormat", "Question", "ScoredChoice", "parse_answer", "read_questions"]
 
 
 def __getattr__(name: str) -> Any:

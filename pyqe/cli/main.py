@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pyqe import __version__
-from pyqe.cli import bench, demo, doctor, generate, report, score, train
+from pyqe.cli import bench, choice, demo, doctor, generate, report, score, train
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -51,6 +51,7 @@ def main() -> None:
     pyqe train -m MODEL texts.txt -o head         train a Sigmoid Head on a frozen LM
     pyqe score texts.jsonl -m MODEL --head head   a quality for every token of given text
     pyqe generate prompts.txt -m MODEL            generate, with a quality for every token
+    pyqe choice questions.jsonl -m MODEL          answer multiple-choice questions, with the model's uncertainty
     pyqe report scores.jsonl -o report.html       what score or generate wrote, as a page
     pyqe bench                                    pyqe beside its rivals, measured on this machine
     pyqe doctor                                   what this machine offers, and what is missing
@@ -61,5 +62,5 @@ def main() -> None:
     """
 
 
-for module in (demo, train, score, generate, report, bench, doctor):
+for module in (demo, train, score, generate, choice, report, bench, doctor):
     main.add_command(module.command)
