@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pyqe.choice.prompts import LETTERS
 
 # "A." "A)" "(A)" "A:", but neither initials ("D.C.", "U.S.A.") nor the end of a word or abbreviation
-_LABEL = re.compile(r"(?<![\w.'’])\(?([A-Z])(?:[):]|\.(?![A-Za-z]\.))")
-# "A" alone, but not the article of "A dog"
-_BARE = re.compile(r"(?<![\w.'’-])(?!A\s+(?!(?:is|was|because|since|as|seems|would)\b)[a-z])([A-Z])(?![\w'’-]|\.\w)")
-_ALONE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
+_LABEL = re.compile(r"\(([A-Za-z])\)|(?<![\w.'’])([A-Z])(?:[):]|\.(?![A-Za-z]\.))")
+# "A" alone, but neither the article of "A dog" nor the pronoun of "I think"
+_WORD = r"A[ \t]+(?!(?:is|was|or|and|because|since|as|seems|would)\b)[a-z]|I[ \t]+[a-z]"
+_BARE = re.compile(rf"(?<![\w.'’-])(?!{_WORD})([A-Z])(?![\w'’+#-]|\.\w)")
+_ALONE = re.compile(r"[^\w+#]*([A-Za-z])[^\w+#]*")
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ def find_answer(text: str, choices: Sequence[str]) -> FoundAnswer | None:
     """As :func:`parse_answer`, with the position of what it went by."""
     letters = LETTERS[: len(choices)]
     for label in _LABEL.finditer(text):
-        if label[1] in letters:
-            return FoundAnswer(letters.index(label[1]), label.start(1))
+        group = label.lastindex or 0
+        if label[group].upper() in letters:
+            return FoundAnswer(letters.index(label[group].upper()), label.start(group))
     named = _only(_mentions(text, choices))
     if named is not None:
         return named

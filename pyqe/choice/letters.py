@@ -152,7 +152,8 @@ class LetterMethod:
     def _together(self, logprobs: Floats, groups: Sequence[Sequence[int]]) -> Floats:
         """Log of the summed probability of each group of tokens; -inf for an empty one."""
         columns = ([self._column[token] for token in group] for group in groups)
-        return np.array([np.logaddexp.reduce(logprobs[group]) for group in columns])
+        with np.errstate(invalid="ignore"):  # NaN has its own end
+            return np.array([np.logaddexp.reduce(logprobs[group]) for group in columns])
 
     def conclude(self, result: ScoredChoice, readings: Sequence[_Reading], orders: Sequence[Sequence[int]]) -> None:
         """Put what the prompts of a question give into its result."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from pyqe.scored import ScoredText
 
-_PROBES = (Question("0", ("0", "1"), 0), Question("x", ("x", "y"), 1))  # prompts differ where a question begins
+_PROBES = [Question(text, ("0", "1")) for text in ("0", "What", "the", "(")]  # prompts differ where a question begins
 
 
 class ChoiceScorer(ModelRunner):
@@ -154,8 +154,8 @@ class ChoiceScorer(ModelRunner):
 
         It depends on the shots alone, not on the questions, and so does the arithmetic of a question's result.
         """
-        first, second = (encoding.prompt_ids(self.tokenizer, self.form.prompt(probe, shots))[1] for probe in _PROBES)
-        length = encoding.common_length(first, second)
+        first, *others = (encoding.prompt_ids(self.tokenizer, self.form.prompt(probe, shots))[1] for probe in _PROBES)
+        length = min(encoding.common_length(first, other) for other in others)
         if not encoding.BUCKET <= length <= self.context:
             return None
         return SharedPrefix.compute(self.model, first[:length])
