@@ -171,7 +171,7 @@ class LetterMethod:
             return
         result.format_mass = min(float(np.exp(formats).mean()), 1.0)
         answered = 0 if self.tokens.joined else -1
-        result.msp = float(np.exp(first.max_logprob[answered]))
+        result.msp = _prob(first.max_logprob[answered])
         result.max_logit = float(first.max_logit[answered])
         self._set_greedy(result, first, count)
 
@@ -182,4 +182,9 @@ class LetterMethod:
         letter = self._letter_of.get(tokens[-1], count)
         result.greedy_text = self._tokenizer.decode(tokens)
         result.greedy_answer = letter if letter < count else None
-        result.greedy_msp = float(np.exp(reading.max_logprob[step])) if letter < count else 0.0
+        result.greedy_msp = _prob(reading.max_logprob[step]) if letter < count else 0.0
+
+
+def _prob(logprob: np.float32) -> float:
+    """At most 1, whatever rounding does."""
+    return min(float(np.exp(logprob)), 1.0)

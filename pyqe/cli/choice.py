@@ -194,8 +194,8 @@ class _Summary:
     def report(self) -> None:
         """One line on stderr, and a JSON object on stdout if wanted."""
         means = {name: sum(values) / len(values) if values else None for name, values in self._values.items()}
-        shown = (f"{title} {means[name]:.3f}" for name, title in _SUMMARISED.items() if means[name] is not None)
-        click.echo(f"pyqe: {self._rows} questions: {', '.join(shown)}", err=True)
+        shown = [f"{_SUMMARISED[name]} {mean:.3f}" for name, mean in means.items() if mean is not None]
+        click.echo(f"pyqe: {self._rows} questions: {', '.join(shown) or 'no scores'}", err=True)
         if self._as_json:
             answered = len(self._values["correct"])
             click.echo(json.dumps({"questions": self._rows, "answers": answered, **means}))
