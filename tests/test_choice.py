@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import answer_tokenizer as tokenizer
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, OPTConfig
 
 from pyqe.choice import ChoiceScorer, PromptFormat, Question, parse_answer, read_questions
 from pyqe.choice.answers import find_answer
@@ -362,12 +362,28 @@ def test_results_do_not_depend_on_the_batch() -> None:
             assert [result.to_dict() for result in together] == [result.to_dict() for result in alone]
 
 
+def other_model(config: Any) -> Any:
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 @pytest.mark.parametrize(
-    ("kind", "options"),
-    [("llama", {}), ("gpt2", {}), ("gemma2", {"sliding_window": 16}), ("cohere", {}), ("granite", {})],
+    "lm",
+    [
+        lambda: model("llama"),
+        lambda: model("gpt2"),
+        lambda: model("gemma2", sliding_window=16),
+        lambda: model("cohere"),
+        lambda: model("granite"),
+        lambda: other_model(BloomConfig(vocab_size=420, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.3)),
+        lambda: other_model(
+            OPTConfig(vocab_size=420, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2)
+        ),
+    ],
+    ids=["llama", "gpt2", "gemma2 with a short window", "cohere", "granite", "bloom", "opt"],
 )
-def test_shots_are_read_once(kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = ChoiceScorer(model(kind, **options), tokenizer())
+def test_shots_are_read_once(lm: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = ChoiceScorer(lm(), tokenizer())
     read: list[int] = []
 
     def count(module: Any, args: Any, arguments: dict[str, Any]) -> None:
@@ -398,8 +414,7 @@ def test_prompts_that_do_not_begin_with_the_prefix_are_read_whole(monkeypatch: p
 
 def test_recurrent_models_read_everything() -> None:
     config = MambaConfig(vocab_size=len(tokenizer()), hidden_size=32, num_hidden_layers=2, state_size=8)
-    torch.manual_seed(1)
-    lm = AutoModelForCausalLM.from_config(config).eval()
+    lm = other_model(config)
     assert SharedPrefix.compute(lm, list(range(20))) is None
     subject = ChoiceScorer(lm, tokenizer())
     for result in subject.score(QUESTIONS, shots=SHOTS):

@@ -257,7 +257,7 @@ def answers(results: Sequence[dict[str, Any]]) -> list[str]:
     """The questions of the first paragraph, answered by the figures."""
     found = {(result["prompt"], result["shots"]): result["means"]["all"]["format_mass"] for result in results}
     lines = []
-    for prompt in ("text", "chat", "parenthesis"):
+    for prompt in [prompt for prompt, shots in found if shots and (prompt, 0) in found]:
         none, some = found[prompt, 0], found[prompt, N_SHOTS]
         verdict = "rises" if some > none else "does not rise"
         lines.append(f"format mass, {prompt}: {verdict} with {N_SHOTS} demonstrations ({none:.3f} -> {some:.3f})")
