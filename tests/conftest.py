@@ -22,7 +22,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """Folder of real data, which PYQE_DATA names; docs/metrics.md says what is in it."""
+    """Folder of real data, which PYQE_DATA names; see docs/metrics.md."""
     folder = os.environ.get("PYQE_DATA")
     if not folder:
         pytest.skip("PYQE_DATA is not set: the folder of real data")

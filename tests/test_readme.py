@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import code_blocks
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    """Code blocks of a language, in order."""
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, smollm2_head: Any) -> Path:
 
 
 def test_the_two_commands_come_first() -> None:
-    first = blocks("sh")[0]
+    first = code_blocks(README, "sh")[0]
     assert re.findall(r"^make \w+", first, flags=re.MULTILINE) == ["make demo", "make test"]
 
 
@@ -36,7 +32,7 @@ def test_the_two_commands_come_first() -> None:
 def test_python_examples(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(folder)
     namespace: dict[str, Any] = {}
-    for block in blocks("python"):
+    for block in code_blocks(README, "python"):
         exec(compile(block, "README.md", "exec"), namespace)
     assert "' mat'" in capsys.readouterr().out
     assert (folder / "my-head" / "model.safetensors").is_file()
@@ -44,7 +40,7 @@ def test_python_examples(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 @pytest.mark.lm
 def test_command_line_examples(folder: Path) -> None:
-    script = "set -e\n" + blocks("sh")[1]
+    script = "set -e\n" + code_blocks(README, "sh")[1]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     result = subprocess.run(
         ["bash", "-c", script], cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
@@ -175,30 +175,32 @@ class AbstentionPolicy(BaseEstimator):  # type: ignore[misc]  # scikit-learn has
             left_out = np.append(0, payoff[chosen][order].cumsum())
             score += (left_out[-1] - left_out[np.searchsorted(sure[chosen][order], thresholds)]) / len(order)
         # Sums in another order differ by rounding, which must not decide between equals
-        return float(thresholds[(score >= score.max() - 1e-9).argmax()])
+        return float(thresholds[(score >= score.max() - 1e-9 * (1 + self.wrong_penalty)).argmax()])
 
     def _certified_threshold(self, sure: Floats, right: Floats, target_risk: float) -> float:
         """The lowest threshold whose risk is shown to be at most the target.
 
-        "Its risk is above the target" is tested from the highest threshold down, each time with a share of
-        1 - confidence_level; a test that rejects hands its share on to the next (the fallback procedure), so that
-        1 - confidence_level bounds the probability of any false rejection. What is tested is answering strictly above
-        the k-th largest confidence: given that one, the answers above it are a random sample of all such answers.
+        "Its risk is above the target" is tested from the highest threshold down. The first test may be wrong with half
+        the probability that there is, 1 - confidence_level, the others share the rest; one that rejects hands its part
+        on to the next (the fallback procedure), so that 1 - confidence_level bounds the probability of any false
+        rejection. What is tested is answering strictly above the k-th largest confidence: given that one, the answers
+        above it are a random sample of all such answers.
         """
         if not ((right == 0) | (right == 1)).all():
             raise ValueError(f"correct: expected 0 or 1, got {right[(right != 0) & (right != 1)][0]:g}")
         order = np.argsort(-sure)
         sure, wrong = sure[order], np.append(0, (1 - right[order]).cumsum())
-        n, share = len(sure), (1 - self.confidence_level) / _COVERAGES
-        fewest = math.ceil(math.log(share) / math.log1p(-target_risk))  # with fewer, not even no wrong answer would do
+        n, error = len(sure), 1 - self.confidence_level
+        fewest = math.ceil(math.log(error / 2) / math.log1p(-target_risk))  # below, not even no wrong answer would do
+        start = max(fewest, min(3 * fewest, n // 3))  # later, so that one wrong answer does not end it
         threshold, available = math.inf, 0.0
-        for step in range(_COVERAGES if fewest <= n else 0):
-            k = fewest + (n - fewest) * step // (_COVERAGES - 1)
+        for step in range(_COVERAGES if start <= n else 0):
+            k = start + (n - start) * step // (_COVERAGES - 1)
             border = float(sure[k]) if k < n else -math.inf
             answered = int(np.searchsorted(-sure, -border))
-            available += share
+            available += error / 2 / (_COVERAGES - 1 if step else 1)
             # Clopper and Pearson's upper bound of the risk is the target where this probability is what is available
-            if stats.binom.cdf(wrong[answered], answered, target_risk) <= available:
+            if special.bdtr(wrong[answered], answered, target_risk) <= available:
                 threshold = float(np.nextafter(border, math.inf)) if k < n else border
             else:
                 available = 0.0
