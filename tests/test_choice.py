@@ -272,6 +272,23 @@ def test_a_parenthesis_with_its_letter_can_be_one_token() -> None:
     assert chat.decode([joined.forced]) == "("
 
 
+@pytest.mark.parametrize("style", ["letter", "parenthesis"])
+def test_a_space_of_its_own_belongs_to_the_prompt(style: Any) -> None:
+    lookup = tiny.SlowTokenizer(more="QAWBC0123:.()?\n", model_max_length=1024)
+    subject = ChoiceScorer(tiny.model(vocab_size=len(lookup), max_position_embeddings=1024), lookup, style=style)
+    assert subject._method.tokens.space == (lookup.convert_tokens_to_ids(" "),)
+    result = subject.score([QUESTIONS[0]])[0]
+    ids = [*prompt_of(subject, QUESTIONS[0], ()), *subject._method.tokens.space]
+    letters = lookup.convert_tokens_to_ids(["A", "B", "C"])
+    opening = lookup.convert_tokens_to_ids("(")
+    probs = full_logprobs(subject.model, [*ids, opening]).exp()
+    if style == "letter":
+        np.testing.assert_allclose(np.exp(result.logprobs), probs[-2, letters], rtol=1e-4)
+    else:
+        assert result.format_mass == pytest.approx(probs[-2, opening].item(), rel=1e-4)
+        np.testing.assert_allclose(result.distribution, probs[-1, letters] / probs[-1, letters].sum(), rtol=1e-4)
+
+
 def test_tokens_beyond_the_model_are_left_out() -> None:
     lookup = tokenizer()
     last = max(LetterTokens.find(lookup, len(lookup), PromptFormat()).letters[0])
@@ -310,6 +327,7 @@ def test_greedy_answer_is_the_most_probable_token() -> None:
             logits = subject.model(torch.tensor([ids])).logits[0, -1]
         token = int(logits.argmax())
         assert result.greedy_text == subject.tokenizer.decode([token])
+        assert result.argmax == token
         assert result.max_logit == pytest.approx(logits.max().item(), rel=1e-4)
         letter = result.greedy_text.strip()
         known = LETTERS[: len(result.question.choices)]

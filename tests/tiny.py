@@ -136,10 +136,10 @@ def tokenizer_with(**attributes: Any) -> PreTrainedTokenizerFast:
 
 
 class SlowTokenizer(PreTrainedTokenizer):
-    """Characters of a small alphabet, in Python: a tokenizer that knows no offsets."""
+    """Characters of a small alphabet (and ``more``), in Python: a tokenizer that knows no offsets."""
 
-    def __init__(self, **options: Any) -> None:
-        self.alphabet = ["<pad>", "<s>", "</s>", "<unk>", *" abcdefghijklmnopqrstuvwxyzé🎉"]
+    def __init__(self, *, more: str = "", **options: Any) -> None:
+        self.alphabet = ["<pad>", "<s>", "</s>", "<unk>", *" abcdefghijklmnopqrstuvwxyzé🎉", *more]
         super().__init__(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", **options)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ class LetterTokens:
         letters: for each of the 26 letters, the tokens that are it.
         labels: for each letter, the tokens that are "(" and it.
         opening: the tokens that are "(".
+        space: what the tokenizer puts between prompt and answer in tokens of its own; it is counted with the prompt.
         forced: the "(" that is put after the prompt, to see the letter's position as well; None in letter style, or
             where no token is it.
         joined: whether the tokenizer makes one token of "(A" after the prompt.
@@ -39,6 +41,7 @@ class LetterTokens:
     letters: tuple[tuple[int, ...], ...]
     labels: tuple[tuple[int, ...], ...]
     opening: tuple[int, ...]
+    space: tuple[int, ...]
     forced: int | None
     joined: bool
 
@@ -50,19 +53,24 @@ class LetterTokens:
             ValueError: parentheses are wanted, and no token is one.
         """
         found: dict[str, list[int]] = {name: [] for name in (*LETTERS, *(f"({letter}" for letter in LETTERS), "(")}
+        blank = set()
         for token in range(min(len(tokenizer), vocab_size)):
-            piece = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            found.get(piece.strip(), []).append(token)
+            piece = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()
+            found.get(piece, []).append(token)
+            if not piece:
+                blank.add(token)
         letters = tuple(tuple(found[letter]) for letter in LETTERS)
         labels = tuple(tuple(found[f"({letter}"]) for letter in LETTERS)
         opening = tuple(found["("])
-        if form.style == "letter":
-            return cls(letters, labels, opening, None, False)
         ids, start = joint_ids(tokenizer, form.prompt(_PROBE), form.before_answer + form.label(0))
-        if not opening and ids[start] not in labels[0]:
+        space = tuple(itertools.takewhile(blank.__contains__, ids[start:]))
+        if form.style == "letter":
+            return cls(letters, labels, opening, space, None, False)
+        first = ids[start + len(space)]
+        if not opening and first not in labels[0]:
             raise ValueError("style: expected a tokenizer with a token '(', got one that writes it in several")
-        forced = next((token for token in (ids[start], *opening) if token in opening), None)
-        return cls(letters, labels, opening, forced, ids[start] in labels[0])
+        forced = next((token for token in (first, *opening) if token in opening), None)
+        return cls(letters, labels, opening, space, forced, first in labels[0])
 
     def missing(self, count: int) -> list[str]:
         """Those of the first letters that no token is."""
@@ -117,7 +125,7 @@ class LetterMethod:
         forced = [] if self.tokens.forced is None else [self.tokens.forced]
         windows = []
         for order in orders:
-            ids = prompt_ids(self._tokenizer, self._form.prompt(question, shots, order))[1]
+            ids = [*prompt_ids(self._tokenizer, self._form.prompt(question, shots, order))[1], *self.tokens.space]
             windows.append(Window(0, ids + forced, None, 0, range(len(ids) - 1, len(ids) + len(forced)), []))
         return windows
 
@@ -173,6 +181,7 @@ class LetterMethod:
         answered = 0 if self.tokens.joined else -1
         result.msp = _prob(first.max_logprob[answered])
         result.max_logit = float(first.max_logit[answered])
+        result.argmax = int(first.argmax[answered])
         self._set_greedy(result, first, count)
 
     def _set_greedy(self, result: ScoredChoice, reading: _Reading, count: int) -> None:

@@ -31,7 +31,8 @@ class ScoredChoice:
         format_mass: in [0, 1], total probability of the choices' letters, or of the opening parenthesis.
         msp: in [0, 1], maximum softmax probability over the whole vocabulary at the position of the answer's letter.
         max_logit: the largest logit there.
-        greedy_text: the most probable token there (with the parenthesis before it), or what was generated.
+        argmax: id of the most probable token there.
+        greedy_text: the most probable token after the prompt (and after "(", if it is that), or what was generated.
         greedy_answer: index of the choice that ``greedy_text`` names, or None.
         greedy_msp: the MSP where that letter stands; 0 where ``greedy_text`` names no choice.
         orders: in how many orders the choices were shown.
@@ -48,6 +49,7 @@ class ScoredChoice:
     format_mass: float | None = None
     msp: float | None = None
     max_logit: float | None = None
+    argmax: int | None = None
     greedy_text: str | None = None
     greedy_answer: int | None = None
     greedy_msp: float | None = None
@@ -120,6 +122,7 @@ class ScoredChoice:
             "format_mass": self.format_mass,
             "msp": self.msp,
             "max_logit": self.max_logit,
+            "argmax": self.argmax,
             "greedy_text": self.greedy_text,
             "greedy_answer": self.greedy_answer,
             "greedy_correct": self.greedy_correct,
