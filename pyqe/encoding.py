@@ -77,6 +77,27 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt | None) -> tup
     return text, list(tokenizer(text, add_special_tokens=not is_chat)["input_ids"])
 
 
+def joint_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> tuple[list[int], int]:
+    """Ids of a prompt and a text tokenized together, and how many of them are the prompt's own ids.
+
+    Those are all, unless the tokenizer joins the prompt's end with the text's beginning.
+    """
+    before, is_chat = prompt_text(tokenizer, prompt)
+    own, ids = (list(tokenizer(part, add_special_tokens=not is_chat)["input_ids"]) for part in (before, before + text))
+    return ids, common_length(own, ids)
+
+
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that two sequences have in common at their beginning.
+
+    Example:
+        >>> common_length([1, 2, 3], [1, 2, 4, 5])
+        2
+    """
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, prompt: Prompt | None, *, is_target: bool) -> Encoded:
     """Tokenize a text apart from its prompt, without special tokens, so that its tokens are its own.
 

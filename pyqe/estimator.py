@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,15 +26,14 @@ from pyqe.generation import (
     trim,
 )
 from pyqe.heads import SigmoidHead
-from pyqe.lm_head import LMHead, capture_hidden, check_logits, evaluation
+from pyqe.lm_head import LMHead, capture_hidden
+from pyqe.runner import ModelRunner, pad_rows
 from pyqe.scored import SIGNALS, ScoredText, Signal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["QualityEstimator", "ScoredText", "TextTooLongError"]
-
-_ROW_PADDING = 64  # rows of a call are padded to a multiple, so that small products take the same path in the BLAS
 
 
 class TextTooLongError(ValueError):
@@ -51,7 +49,7 @@ class TextTooLongError(ValueError):
         self.problem = problem
 
 
-class QualityEstimator:
+class QualityEstimator(ModelRunner):
     """A language model with a Sigmoid Head: scores for every token of given or generated text.
 
     The hidden states are taken where they enter the model's output embedding; nothing stays on the model. When text is
@@ -80,14 +78,11 @@ class QualityEstimator:
         *,
         rule: DominantRule | None = None,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
         self.rule = rule or DominantRule.jump("last")
         self.head = head
         if head is not None:
             head.check_compatible(LMHead.from_model(model), tokenizer)
-        self._read_lm_head()
-        self._logits_checked = False
+        super().__init__(model, tokenizer)
 
     # --- given text
 
@@ -157,13 +152,6 @@ class QualityEstimator:
                 _add_reason(result, "the first token has no context (no BOS token, no prompt)")
             _conclude(result, chosen, found[0].first if found else len(item.text_ids))
         return results
-
-    @property
-    def context(self) -> int:
-        """The longest input in tokens that both the model and the tokenizer take."""
-        config = self.model.config.get_text_config(decoder=True)
-        lengths = [getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length]
-        return int(min(length for length in (*lengths, 2**31) if length))
 
     def _signals(self, signals: Collection[Signal] | None) -> tuple[Signal, ...]:
         if signals is None:
@@ -240,65 +228,16 @@ class QualityEstimator:
         raise ValueError("model: its config names no decoder_start_token_id")
 
     def _read_lm_head(self) -> None:
-        """Take the model's head as it is now: it may have been moved, cast or resized since the last call."""
-        self.lm_head = LMHead.from_model(self.model)
+        super()._read_lm_head()
         if self.head is not None:
             self.head.check_compatible(self.lm_head)
             self.head.to(self.lm_head.weight.device)
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """What a forward pass needs: evaluation mode, no gradients, the LM head as it is now, its logits checked."""
-        with evaluation(self.model):
-            self._read_lm_head()
-            if not self._logits_checked:
-                check_logits(self.model, self.lm_head)
-                self._logits_checked = True
-            yield
-
-    def _hidden_of(self, batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
-        """Hidden states [M, D] that predict the batch's scored tokens, and those tokens [M]."""
-        length, encoder_length = batch[0].bucket
-        ids, mask = self._padded([window.input_ids for window in batch], length)
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if self.model.config.is_encoder_decoder:
-            encoder_ids, encoder_mask = self._padded([window.encoder_ids or [] for window in batch], encoder_length)
-            inputs = {
-                "input_ids": encoder_ids,
-                "attention_mask": encoder_mask,
-                "decoder_input_ids": ids,
-                "decoder_attention_mask": mask,
-            }
-        with capture_hidden(self.model, skip_logits=True) as captured:
-            self.model(**inputs, use_cache=False)
-        hidden = captured[0]
-        rows = torch.cat([hidden[i, window.positions.start : window.positions.stop] for i, window in enumerate(batch)])
-        targets = torch.tensor([token for window in batch for token in window.targets], device=hidden.device)
-        return rows, targets
-
-    def _padded(self, rows: Sequence[list[int]], length: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-        """Ids [B, L] padded on the right (or left), and their mask."""
-        padding = [[0] * (length - len(row)) for row in rows]
-        pad = self._pad_id()
-        ids, mask = [], []
-        for row, zeros in zip(rows, padding, strict=True):
-            pads, ones = [pad] * len(zeros), [1] * len(row)
-            ids.append(pads + row if left else row + pads)
-            mask.append(zeros + ones if left else ones + zeros)
-        device = self.lm_head.weight.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-    def _pad_id(self) -> int:
-        """The tokenizer's padding, or another token where it has none or the model has no embedding for it."""
-        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(int(token) for token in ids if token is not None and token < self.lm_head.vocab_size)
-
     def _signals_of(self, hidden: Tensor, token_ids: Tensor, signals: Collection[Signal]) -> dict[Signal, np.ndarray]:
         """Scores [M] of each signal for the tokens [M] that the hidden states [M, D] predict."""
         count = len(hidden)
-        missing = -count % _ROW_PADDING
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
-        token_ids = torch.nn.functional.pad(token_ids, (0, missing), value=-1)
+        hidden = pad_rows(hidden)
+        token_ids = torch.nn.functional.pad(token_ids, (0, len(hidden) - count), value=-1)
         stats = self._softmax_stats(hidden, token_ids, signals)
         scores: dict[str, Tensor] = {}
         if "quality" in signals:

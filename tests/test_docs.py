@@ -19,8 +19,9 @@ MODULES = [
     if not module.name.endswith(("__main__", "._C"))
 ]
 
+LM_PAGES = ("choice.md",)  # need the real language model
 PAGES = [
-    page
+    pytest.param(page, marks=[pytest.mark.lm] if page.name in LM_PAGES else [], id=page.name)
     for page in sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
     if code_blocks(page.read_text(encoding="utf-8"), "python")
 ]
@@ -32,8 +33,12 @@ def test_docstring_examples_run(name: str) -> None:
     assert doctest.testmod(module).failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples_of_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_of_pages_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if page.name in LM_PAGES:
+        request.getfixturevalue("smollm2")  # skips where it is not installed
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     for block in code_blocks(page.read_text(encoding="utf-8"), "python"):

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -31,6 +31,11 @@ TEXTS = [
     "x",
 ]
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
+
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
@@ -50,6 +55,38 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.train_from_iterator(TEXTS * 3, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=64
+    )
+
+
+@cache
+def answer_tokenizer(*, chat: bool = False, joins: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that knows how answers of a multiple choice look.
+
+    Args:
+        chat: with the chat template.
+        joins: splits text as newer models do, who make one token of "(A" but not of " (A".
+    """
+    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    core = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(words), "isolated")
+    joined = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = joined if joins else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    answers = [f"Answer: {letter}\nAnswer: ({letter})\n({letter}) x" for letter in "ABCDE"]
+    core.train_from_iterator((TEXTS + answers + ["Question: What is"]) * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=1024,
+        chat_template=CHAT_TEMPLATE if chat else None,
     )
 
 
@@ -90,12 +127,6 @@ def model(kind: str = "llama", dtype: torch.dtype = torch.float32, **options: An
     return loader.from_config(config).to(dtype).eval()
 
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>{% endif %}"
-)
-
-
 def tokenizer_with(**attributes: Any) -> PreTrainedTokenizerFast:
     """A copy of the tokenizer with other attributes, such as ``bos_token=None``."""
     result = copy.deepcopy(tokenizer())
@@ -105,10 +136,10 @@ def tokenizer_with(**attributes: Any) -> PreTrainedTokenizerFast:
 
 
 class SlowTokenizer(PreTrainedTokenizer):
-    """Characters of a small alphabet, in Python: a tokenizer that knows no offsets."""
+    """Characters of a small alphabet (and ``more``), in Python: a tokenizer that knows no offsets."""
 
-    def __init__(self, **options: Any) -> None:
-        self.alphabet = ["<pad>", "<s>", "</s>", "<unk>", *" abcdefghijklmnopqrstuvwxyzé🎉"]
+    def __init__(self, *, more: str = "", **options: Any) -> None:
+        self.alphabet = ["<pad>", "<s>", "</s>", "<unk>", *" abcdefghijklmnopqrstuvwxyzé🎉", *more]
         super().__init__(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", **options)
 
     @property

@@ -7,24 +7,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyqe.choice.abstention import AbstentionPolicy
+    from pyqe.choice.answers import parse_answer
+    from pyqe.choice.prompts import PromptFormat, Question, read_questions
+    from pyqe.choice.scored import ScoredChoice
+    from pyqe.choice.scorer import ChoiceScorer
     from pyqe.choice.study import AbstentionResult, CorrelationStudy, Evaluation, correlation_study, evaluate
 
 _HOMES: dict[str, str] = {
     "AbstentionPolicy": "pyqe.choice.abstention",
     "AbstentionResult": "pyqe.choice.study",
+    "ChoiceScorer": "pyqe.choice.scorer",
     "CorrelationStudy": "pyqe.choice.study",
     "Evaluation": "pyqe.choice.study",
+    "PromptFormat": "pyqe.choice.prompts",
+    "Question": "pyqe.choice.prompts",
+    "ScoredChoice": "pyqe.choice.scored",
     "correlation_study": "pyqe.choice.study",
     "evaluate": "pyqe.choice.study",
+    "parse_answer": "pyqe.choice.answers",
+    "read_questions": "pyqe.choice.prompts",
 }
 
 __all__ = [
     "AbstentionPolicy",
     "AbstentionResult",
+    "ChoiceScorer",
     "CorrelationStudy",
     "Evaluation",
+    "PromptFormat",
+    "Question",
+    "ScoredChoice",
     "correlation_study",
     "evaluate",
+    "parse_answer",
+    "read_questions",
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pyqe.cli.options import EstimatorOptions, config_option, estimator_options
-from pyqe.cli.pipeline import Fields, Streams, Task, run, stream_options
+from pyqe.cli.pipeline import Fields, Streams, Task, run, stream_options, without_tokens
 from pyqe.cli.rows import Row, check_chat, check_prompt
 
 
@@ -106,7 +106,7 @@ def _task(chosen: EstimatorOptions, options: dict[str, Any], chat: bool, seed: i
             results = [result | {"sequence": i % each + 1} for i, result in enumerate(results)]
         return [results[start : start + each] for start in range(0, len(results), each)]
 
-    return Task(check, work)
+    return Task(check, work, without_tokens)
 
 
 def _check_length(estimator: Any, prompt: Any, max_new_tokens: Any) -> str | None:

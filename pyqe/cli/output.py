@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,11 @@ from pyqe.cli.rows import Format, Row
 
 @dataclass
 class Counts:
-    """Input rows done, those of them that failed, and tokens scored."""
+    """Input rows done, those of them that failed, and units of progress (tokens, prompts)."""
 
     rows: int = 0
     failed: int = 0
-    tokens: int = 0
+    units: int = 0
 
 
 class Output:
@@ -43,7 +43,9 @@ class Output:
         self._keeps = False
         self._header_due = form == "tsv"
 
-    def keep_finished(self, rows: Iterator[Row], size: int, names: Sequence[str]) -> Counts:
+    def keep_finished(
+        self, rows: Iterator[Row], size: int, names: Sequence[str], on_result: Callable[[dict[str, Any]], object]
+    ) -> Counts:
         """Keep what an interrupted run has done, and pass over those input rows.
 
         Only chunks that are surely whole stay; the last one is done again, as its last row may lack sequences.
@@ -52,6 +54,7 @@ class Output:
             rows: the input.
             size: rows in a chunk.
             names: the fields that must be the same in input and output.
+            on_result: called with each result row that stays.
 
         Raises:
             ValueError: the partial output does not belong to this input, or is damaged.
@@ -72,6 +75,7 @@ class Output:
                 counts.failed += result.get("status") == "failed"
             if not _belongs(result, current, names):
                 raise ValueError(f"--resume: {self._partial} belongs to another input: line {result['line']} differs")
+            on_result(result)
             end = at
         os.truncate(self._partial, end)
         self._keeps = True

@@ -1,11 +1,11 @@
-"""The loop that score and generate share: rows in, chunks through the model, rows out."""
+"""The loop that score, generate and choice share: rows in, chunks through the model, rows out."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
@@ -35,11 +35,25 @@ class Task:
     Attributes:
         check: what the model cannot do with a row's fields, or None.
         work: gives one or more result rows for each of some good rows; calls its second argument with numbers of
-            tokens as it goes.
+            units as it goes.
+        unseen: the result of a row that the model does not see.
+        unit: what progress is counted in.
     """
 
     check: Check
     work: Callable[[Sequence[Row], Callable[[int], object]], list[list[dict[str, Any]]]]
+    unseen: Callable[[Row], dict[str, Any]]
+    unit: str = "tokens"
+
+
+class Summary(Protocol):
+    """What is to be said of all result rows together."""
+
+    def add(self, row: dict[str, Any]) -> object:
+        """Take a row that is written, or that an interrupted run has written."""
+
+    def report(self) -> object:
+        """Say it, at the end."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +71,12 @@ class Fields:
     check: Check
 
 
-def stream_options(*input_forms: Format) -> Decorator:
-    """The input argument, and --output, --from, --to, --strict, --resume, as ``streams``."""
+def stream_options(*input_forms: Format, output_forms: Sequence[Format] = FORMATS) -> Decorator:
+    """The input argument, and --output, --from, --to, --strict, --resume, as ``streams``.
+
+    Where there is only one format, --from or --to is not shown.
+    """
+    only = input_forms[0] if len(input_forms) == 1 else None
     return option_group(
         "streams",
         Streams,
@@ -67,17 +85,19 @@ def stream_options(*input_forms: Format) -> Decorator:
         click.option(
             "--from",
             "input_form",
-            type=click.Choice(["auto", *input_forms]),
-            default="auto",
+            type=click.Choice(input_forms if only else ["auto", *input_forms]),
+            default=only or "auto",
             show_default=True,
+            hidden=only is not None,
             help="auto goes by the name (.jsonl, .json, .ndjson, .txt, .tsv), else by whether the first line is JSON.",
         ),
         click.option(
             "--to",
             "output_form",
-            type=click.Choice(FORMATS),
+            type=click.Choice(output_forms),
             default="jsonl",
             show_default=True,
+            hidden=len(output_forms) == 1,
             help="jsonl: everything; text: one quality a row; tsv: one token a line, escaped as in JSON.",
         ),
         click.option("--strict", is_flag=True, help="Stop at the first bad row instead of reporting it."),
@@ -85,7 +105,9 @@ def stream_options(*input_forms: Format) -> Decorator:
     )
 
 
-def run(streams: Streams, fields: Fields, batch_size: int, load: Callable[[], Task]) -> None:
+def run(
+    streams: Streams, fields: Fields, batch_size: int, load: Callable[[], Task], summary: Summary | None = None
+) -> None:
     """Send rows through a task and write the results, in the order of the input.
 
     Input and output are opened, and what is to be resumed is checked, before the model is loaded.
@@ -98,32 +120,42 @@ def run(streams: Streams, fields: Fields, batch_size: int, load: Callable[[], Ta
     """
     size = _CHUNK_BATCHES * batch_size
     rows = read_rows(streams.source, streams.input_form, fields.main, fields.check)
+    on_result = _ignore if summary is None else summary.add
     output = Output(streams.output, streams.output_form)
-    kept = output.keep_finished(rows, size, fields.kept) if streams.resume else Counts()
+    kept = output.keep_finished(rows, size, fields.kept, on_result) if streams.resume else Counts()
     with output:
-        counts, seconds = _process(rows, size, load(), output, fields, streams.strict)
+        task = load()
+        counts, seconds = _process(rows, size, task, output, fields, streams.strict, on_result)
     before = f", {kept.rows} from an earlier run" if kept.rows else ""
     click.echo(
-        f"pyqe: {counts.rows} rows{before}, {counts.failed + kept.failed} failed, {counts.tokens} tokens in "
-        f"{seconds:.1f} s ({counts.tokens / seconds:.0f} tokens/s)",
+        f"pyqe: {counts.rows} rows{before}, {counts.failed + kept.failed} failed, {counts.units} {task.unit} in "
+        f"{seconds:.1f} s ({counts.units / seconds:.0f} {task.unit}/s)",
         err=True,
     )
+    if summary is not None:
+        summary.report()
     if counts.failed + kept.failed:
         raise click.exceptions.Exit(3)
 
 
 def _process(
-    rows: Iterator[Row], size: int, task: Task, output: Output, fields: Fields, strict: bool
+    rows: Iterator[Row],
+    size: int,
+    task: Task,
+    output: Output,
+    fields: Fields,
+    strict: bool,
+    on_result: Callable[[dict[str, Any]], object],
 ) -> tuple[Counts, float]:
     """Numbers of what was done, and the seconds that it took."""
     from tqdm import tqdm
 
     counts, started = Counts(), time.monotonic()
-    with tqdm(unit=" tokens", disable=None, dynamic_ncols=True) as bar:
+    with tqdm(unit=f" {task.unit}", disable=None, dynamic_ncols=True) as bar:
 
-        def on_progress(tokens: int) -> None:
-            counts.tokens += tokens  # the bar does not count where it is not shown
-            bar.update(tokens)
+        def on_progress(units: int) -> None:
+            counts.units += units  # the bar does not count where it is not shown
+            bar.update(units)
 
         for chunk in chunks((_judged(row, task.check) for row in rows), size):
             for row in chunk:
@@ -131,10 +163,13 @@ def _process(
                     complain(row.line, row.reason, strict)
             good = [row for row in chunk if row.status == "ok"]
             answers = iter(task.work(good, on_progress) if good else [])
-            pairs = [(row, next(answers) if row.status == "ok" else [_without_tokens(row)]) for row in chunk]
+            pairs = [(row, next(answers) if row.status == "ok" else [task.unseen(row)]) for row in chunk]
             counts.rows += len(chunk)
             counts.failed += sum(_count_failed(row, results, strict) for row, results in pairs)
-            output.write(_result_row(row, result, fields.kept) for row, results in pairs for result in results)
+            written = [_result_row(row, result, fields.kept) for row, results in pairs for result in results]
+            output.write(written)
+            for result in written:
+                on_result(result)
     return counts, max(time.monotonic() - started, 1e-9)
 
 
@@ -144,8 +179,12 @@ def _judged(row: Row, check: Check) -> Row:
     return row if reason is None else Row(row.line, row.fields, "failed", reason)
 
 
-def _without_tokens(row: Row) -> dict[str, Any]:
-    """The result of a row that the model does not see."""
+def _ignore(row: dict[str, Any]) -> None:
+    pass
+
+
+def without_tokens(row: Row) -> dict[str, Any]:
+    """The result of a text that the model does not see."""
     from pyqe.scored import ScoredText
 
     return ScoredText("", status=row.status, reason=row.reason).to_dict()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pyqe.cli.options import EstimatorOptions, config_option, estimator_options
-from pyqe.cli.pipeline import Fields, Streams, Task, run, stream_options
+from pyqe.cli.pipeline import Fields, Streams, Task, run, stream_options, without_tokens
 from pyqe.cli.rows import BadRowError, Row, check_chat, check_text
 
 
@@ -57,4 +57,4 @@ def _task(chosen: EstimatorOptions, limits: dict[str, int | None], strict: bool)
             raise BadRowError(f"line {rows[error.index].line}: {error.problem}") from error
         return [[result.to_dict()] for result in scored]
 
-    return Task(check, work)
+    return Task(check, work, without_tokens)
