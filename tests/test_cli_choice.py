@@ -241,6 +241,18 @@ def test_summary_as_json(call: Callable[..., Result], here: Path) -> None:
     }
 
 
+def test_report(call: Callable[..., Result], here: Path) -> None:
+    result = call("questions.jsonl", "-o", "out.jsonl", "--report", "page.html")
+    assert result.exit_code == OK, result.stderr
+    page = (here / "page.html").read_text()
+    assert "Calibration of questions.jsonl" in page
+    assert "12, 12 with an answer" in page
+    unknown = jsonl([{**question, "answer": None} for question in QUESTIONS])
+    result = call("-o", "out.jsonl", "--report", "none.html", stdin=unknown)
+    assert (result.exit_code, "no report: no question with an answer" in result.stderr) == (OK, True)
+    assert not (here / "none.html").exists()
+
+
 def test_help() -> None:
     text = CliRunner().invoke(main, ["choice", "--help"]).stdout
     assert "--to" not in text

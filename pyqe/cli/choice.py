@@ -120,8 +120,11 @@ _asking_options = option_group(
 @model_options
 @_asking_options
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout (with --output FILE).")
+@click.option(
+    "--report", metavar="FILE", help="Write how good the confidences are as an HTML page (questions with answers)."
+)
 @config_option
-def command(streams: Streams, language_model: ModelOptions, asking: Asking, as_json: bool) -> None:
+def command(streams: Streams, language_model: ModelOptions, asking: Asking, as_json: bool, report: str | None) -> None:
     """Answer the multiple-choice questions in INPUT (default stdin), with the model's uncertainty.
 
     A JSON line needs "question" and "choices", a list of 2 to 26 texts, and may have "answer", the index of the right
@@ -138,7 +141,13 @@ def command(streams: Streams, language_model: ModelOptions, asking: Asking, as_j
         raise click.UsageError("--json needs --output FILE: stdout has the rows.", click.get_current_context())
     shots = asking.demonstrations()
     fields = Fields("question", ("question", "choices", "answer"), question_problem)
-    run(streams, fields, asking.batch_size, lambda: _task(language_model, asking, shots), _Summary(as_json))
+    run(
+        streams,
+        fields,
+        asking.batch_size,
+        lambda: _task(language_model, asking, shots),
+        _Summary(as_json, report, streams.source),
+    )
 
 
 def _task(language_model: ModelOptions, asking: Asking, shots: Sequence[Question]) -> Task:
@@ -177,10 +186,13 @@ def _unseen(row: Row) -> dict[str, Any]:
 
 
 class _Summary:
-    """Means over the rows that have scores."""
+    """Means over the rows that have scores, and the page about those whose answer is known."""
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, as_json: bool, page: str | None, source: str) -> None:
         self._as_json = as_json
+        self._page = page
+        self._source = "stdin" if source == "-" else source
+        self._answers: list[tuple[float, bool]] = []  # confidence, and whether it is right
         self._values: dict[str, list[float]] = {name: [] for name in _SUMMARISED}
         self._rows = 0
 
@@ -190,6 +202,8 @@ class _Summary:
         for name, values in self._values.items():
             if row.get(name) is not None:
                 values.append(float(row[name]))
+        if row.get("confidence") is not None and row.get("correct") is not None:
+            self._answers.append((row["confidence"], row["correct"]))
 
     def report(self) -> None:
         """One line on stderr, and a JSON object on stdout if wanted."""
@@ -199,6 +213,18 @@ class _Summary:
         if self._as_json:
             answered = len(self._values["correct"])
             click.echo(json.dumps({"questions": self._rows, "answers": answered, **means}))
+        if self._page is not None:
+            self._write_page(self._page)
+
+    def _write_page(self, path: str) -> None:
+        from pyqe.report import write_calibration_report
+
+        if not self._answers:
+            click.echo("pyqe: no report: no question with an answer has a score", err=True)
+            return
+        confidence, correct = zip(*self._answers, strict=True)
+        summary = {"Input": self._source, "Questions": f"{self._rows:,}, {len(correct):,} with an answer"}
+        write_calibration_report(path, confidence, correct, title=f"Calibration of {self._source}", summary=summary)
 
 
 _SUMMARISED = {
