@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from pyqe.calibration._tokens import Token, Value
 
@@ -13,9 +14,10 @@ def _set(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-_NEGATIONS = _set(
+# Words with which a number is not, or not simply, that of the label
+_DOUBTS = _set(
     "not no non never neither nor without except excluding other than unlike anything against wrong incorrect false "
-    "isn't aren't doesn't won't opposite or vs versus"
+    "isn't aren't doesn't won't opposite or vs versus error errors mistake mistaken failure remaining remainder rest"
 )
 # What may stand between a label and its number, and leaves no doubt that they belong together
 _COPULAS = _set(
@@ -205,10 +207,10 @@ def _alternating(line: list[Token]) -> Reading:
         label, value = sorted((line[one], line[two]), key=lambda token: token.kind)
         assert value.value is not None
         words, between = _words(_after_link(line[before:one])), line[one + 1 : two]
-        if (words | _words(between)) & _NEGATIONS:
+        if (words | _words(between)) & _DOUBTS:
             reading.problems.append(f"{label.text} {value.text} may be about something else; it was left out")
         else:
-            sure = _belong(between) and not set(_word_list(line[two + 1 : after])[:3]) & _NEGATIONS
+            sure = _belong(between) and not set(_word_list(line[two + 1 : after])[:3]) & _DOUBTS
             key = line[one + 1].kind == "link"  # so that words before are part of it: "very positive: 0.5"
             reading.pairs.append(Pair(label.label, value.value, sure and not (key and words - _COPULAS)))
         before = two + 1
@@ -233,25 +235,31 @@ def _in_order(line: list[Token]) -> Reading:
 
 
 def _linked(segment: list[Token]) -> Reading:
-    """Labels with one value behind a colon or the like, or in the next column; other values are left out."""
-    reading = Reading()
+    """Labels with one value behind a colon or the like, or in the next column; what is left is a problem."""
+    reading, text = Reading(), " ".join(token.text for token in segment)
     starts = [index for index, token in enumerate(segment) if token.kind == "label"]
-    before: list[Token] = segment[: starts[0]] if starts else segment
-    for start, end in zip(starts, [*starts[1:], len(segment)], strict=False):
-        linked = [
-            index
-            for index in range(start + 2, end)
-            if segment[index].kind == "value" and segment[index - 1].kind == "link"
-        ]
-        if len(linked) == 1 or (linked and segment[linked[0] - 1].text == "|"):
-            value = segment[linked[0]].value
-            if value and not (_words(_after_link(before)) | _words(segment[start : linked[0]])) & _NEGATIONS:
-                reading.pairs.append(Pair(segment[start].label, value, True))
-        before = segment[start:end]
+    chunks = [segment[start:end] for start, end in zip([0, *starts], [*starts, len(segment)], strict=True)]
+    for before, chunk in pairwise(chunks):
+        place = _linked_place(chunk)
+        shared = _kinds(before) == "L"  # "positive and neutral: 0.9"
+        if place and not shared and not (_words(_after_link(before)) | _words(chunk[:place])) & _DOUBTS:
+            value = chunk[place].value
+            assert value is not None
+            reading.pairs.append(Pair(chunk[0].label, value, True))
     if len(reading.pairs) < _kinds(segment).count("V"):
-        text = " ".join(token.text for token in segment)
         reading.problems.append(f"{text!r:.80} has numbers of which it is not clear what they are; they were left out")
+    elif not reading.pairs and starts and (starts[0] == 0 or segment[starts[0] - 1].kind != "link"):
+        reading.problems.append(f"{text!r:.80} has no number of its own")
     return reading
+
+
+def _linked_place(chunk: list[Token]) -> int:
+    """Where the value of the label that begins a chunk is, or 0."""
+    places = [
+        index for index in range(2, len(chunk)) if chunk[index].kind == "value" and chunk[index - 1].kind == "link"
+    ]
+    in_column = bool(places) and chunk[places[0] - 1].text == "|"
+    return places[0] if len(places) == 1 or in_column else 0
 
 
 def _after_link(tokens: list[Token]) -> list[Token]:

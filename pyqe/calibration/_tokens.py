@@ -87,7 +87,7 @@ _NUMBER = rf"""(?:{_DIGITS}(?:\.{_DECIMALS}|,{_DECIMALS}(?!\ {{0,3}}["']?\ {{0,3
 _NUMBER += "(?:e[-+]?[0-9]{1,3})?"
 _PERCENT = r"(?:[ *_`]{0,3}(?:%|(?:percent|per\ cent|pct)(?![^\W\d_])))"
 # Not inside a word, a version, a date or a power of ten
-_END = r"(?![^\W_]|\.[0-9]|\ {0,2}/\ {0,2}[0-9]|\ {0,2}(?:[x×^]|\*\*?)\ {0,2}[0-9])"
+_END = r"(?![^\W_]|\.[^\W_]|\ {0,2}/\ {0,2}[0-9]|\ {0,2}(?:[x×^]|\*\*?)\ {0,2}[0-9])"
 _BOUND = r"(?:less|more|greater|lower|higher)\ than|under|over|below|above|up\ to|at\ least|at\ most"
 _VALUE = rf"""
     (?P<bound>(?:(?<![0-9%])[<>≤≥]=?|(?<![^\W_])(?:{_BOUND}))\ {{0,3}})?
@@ -230,9 +230,11 @@ def _label(label: str) -> str:
         return rf"""(?<![^\W_])(?<![./]){pattern}(?:(?=["'])|{_LINKED})"""
     # not part of a longer word: non-toxic is not toxic, C++ not C
     start = r"(?<![^\W_])(?<![^\W\d_][-'.&/])" if label[0].isalnum() else ""
-    end = r"(?![^\W_]|[+\#@]|[-'&/][^\W\d_])" if label[-1].isalnum() else r"(?![^\W\d_])"
+    end = r"(?![^\W_]|[+\#@]|[-.'&/][^\W\d_])" if label[-1].isalnum() else r"(?![^\W\d_])"
     if len(label) > 1 or not label.isalpha():
         return start + pattern + end
+    if label == "a":
+        return rf"{start}a(?:{_LINKED}|(?=\)))"
     article = _ARTICLES.get(label)
     end += "" if article is None else rf"(?!\ {{1,3}}(?!(?:{article})(?![^\W_]))(?-i:[a-z]))"
     return rf"{start}(?:(?-i:{pattern})|{pattern}{_LINKED}){end}"
