@@ -109,7 +109,7 @@ def _blocks(stream: list[Token]) -> list[tuple[int, int]]:
 
 def _read_block(block: list[Token]) -> Reading:
     """A dict or list, as one line."""
-    comma, reading = Token("comma", ","), Reading()
+    comma, reading = Token("comma", "\n"), Reading()
     flat = [comma if token.kind == "newline" else token for token in block if token.kind not in ("open", "close")]
     labelled, kept = [], []
     for segment in _split(flat, "comma"):
@@ -170,7 +170,7 @@ def _joined(lines: Iterable[list[Token]]) -> list[list[Token]]:
             continue
         before = _kinds(joined[-1]) if joined else ""
         if "V" not in before and before and kinds == "V" * len(before) and _NUMBER_NAMES.issuperset(words):
-            joined[-1] = [*joined[-1], Token("comma", ","), *line]
+            joined[-1] = [*joined[-1], Token("comma", "\n"), *line]
         else:
             joined.append(line)
     return joined
@@ -220,6 +220,8 @@ def _alternating(line: list[Token]) -> Reading:
 def _belong(between: list[Token]) -> bool:
     """Whether what stands between a label and a value leaves no doubt that they belong together."""
     words = _word_list(between)
+    if any(one.kind == "link" and two.text == "," for one, two in pairwise(between)):
+        return False
     if any(token.kind == "comma" for token in between):
         return _NUMBER_NAMES.issuperset(words)
     linked = bool(between) and (between[-1].kind == "link" or between[-1].text == "is")

@@ -83,7 +83,7 @@ _PLAIN = str.maketrans(
 _DIGITS = "[0-9]{1,12}"
 _DECIMALS = "[0-9]{1,30}(?![0-9])"
 # A comma is decimal unless what follows it turns out to be a key: {1:0,2:1}
-_NUMBER = rf"""(?:{_DIGITS}(?:\.{_DECIMALS}|,{_DECIMALS}(?!\ {{0,3}}["']?\ {{0,3}}[:=]))?|\.{_DECIMALS})"""
+_NUMBER = rf"""(?:{_DIGITS}(?:\.{_DECIMALS}|,{_DECIMALS}(?!\ {{0,3}}["']?\ {{0,3}}[:=]))?|(?<![^\W_])\.{_DECIMALS})"""
 _NUMBER += "(?:e[-+]?[0-9]{1,3})?"
 _PERCENT = r"(?:[ *_`]{0,3}(?:%|(?:percent|per\ cent|pct)(?![^\W\d_])))"
 # Not inside a word, a version, a date or a power of ten
@@ -107,7 +107,7 @@ _VALUE = rf"""
 _ENUMERATOR = r"(?P<enumerator>^[ >*\#-]{0,8}[0-9]{1,3}[.)](?=[ *_])|(?<=[,;]\ )[0-9]{1,2}\)(?=\ ))"
 _ENDS = (("first", "second"), ("low", "high"))  # of ranges
 _WORDS = r"""
-  | (?P<junk>[0-9](?:[^\W_]|[.,/^](?=[0-9]))*)
+  | (?P<junk>(?:(?<![^\W_])(?<!\.)\.)?[0-9](?:[^\W_]|[.,/^](?=[0-9]))*)
   | (?P<word>[^\W\d_](?:[^\W_]|'(?=[^\W\d_]))*)
   | (?P<newline>\n)
   | (?P<comma>[,;])
