@@ -683,6 +683,22 @@ def test_estimators_are_scikit_learns(calibrator: Any) -> None:
                 calibrator.transform(np.ones((2, 4)))
 
 
+def test_a_fit_that_failed_is_none() -> None:
+    density = KernelDensityCalibration()
+    with pytest.raises(ValueError, match="give a number"):
+        density.fit([0.5, 0.6, 1.0, 1.0], [1, 1, 0, 0])
+    with pytest.raises(NotFittedError):
+        density.transform([0.5])
+    scaling = TemperatureScaling(inputs="probs")
+    for y, groups in ([0.5, None], [0, "a"]):
+        with pytest.raises((TypeError, ValueError)):
+            scaling.fit([[0.5, 0.5]], [y], groups=groups)
+    with pytest.raises(ValueError, match="one row or more"):
+        scaling.fit(np.zeros((0, 2)), [], groups=[])
+    with pytest.raises(NotFittedError):
+        scaling.transform([[0.5, 0.5]])
+
+
 def test_calibrators_in_pipelines() -> None:
     pipeline = make_pipeline(FunctionTransformer(lambda X: softmax(X, axis=1)), TemperatureScaling(inputs="probs"))
     assert pipeline.fit(LOGITS, LABELS).predict_proba(LOGITS).shape == (60, 3)

@@ -43,6 +43,10 @@ class Calibrator(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def predict_proba(self, X: Any) -> Any:
         """Calibrated probabilities [N, K], of the kind of ``X``; K = 2, wrong and right, for confidences [N]."""
 
+    def __sklearn_is_fitted__(self) -> bool:
+        """Whether everything was learned; a ``fit`` that failed half-way does not count."""
+        return all(hasattr(self, name) for name in self._learned)
+
     # --- files
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -63,10 +63,11 @@ class KernelDensityCalibration(ConfidenceCalibrator):
     def _fit(self, confidence: Floats, correct: Floats) -> None:
         if self.priors not in ("data", "equal"):
             raise ValueError(f"priors: expected 'data' or 'equal', got {self.priors!r}")
-        self.right_, self.right_weights_ = _distinct(confidence, correct)
-        self.wrong_, self.wrong_weights_ = _distinct(confidence, 1 - correct)
-        self.right_bandwidth_ = self._bandwidth(self.right_, self.right_weights_, "right")
-        self.wrong_bandwidth_ = self._bandwidth(self.wrong_, self.wrong_weights_, "wrong")
+        right, wrong = _distinct(confidence, correct), _distinct(confidence, 1 - correct)
+        self.right_bandwidth_ = self._bandwidth(*right, "right")
+        self.wrong_bandwidth_ = self._bandwidth(*wrong, "wrong")
+        self.right_, self.right_weights_ = right
+        self.wrong_, self.wrong_weights_ = wrong
         self.log_prior_odds_ = float(logit(correct.mean())) if self.priors == "data" else 0.0
 
     def _bandwidth(self, values: Floats, weights: Floats, which: str) -> float:

@@ -103,6 +103,8 @@ class _TemperatureCalibrator(Calibrator):
             labels: [N, ...].
             groups: [N] or None.
         """
+        if len(logits) == 0:
+            raise ValueError("X: expected one row or more, got none")
         if groups is None:
             learned = fit(logits, labels, "")
         else:
@@ -180,10 +182,11 @@ class TemperatureScaling(_TemperatureCalibrator):
         """
         values = float_tensor(X, "X").detach()
         table = Table.read(values, "X", self.inputs)
-        self.eps_ = table.floor(self.eps)
-        logits = table.logits(self.eps_)
+        eps = table.floor(self.eps)
+        logits = table.logits(eps)
         labels = right_or_wrong(y, logits) if is_single(values) else label_tensor(y, logits)
         self._fit_groups(_fit_labels, logits, labels, groups)
+        self.eps_ = eps
         return self
 
 
@@ -252,10 +255,11 @@ class DistilledTemperature(_TemperatureCalibrator):
         if values.dim() != 2 or values.shape != base.shape:
             raise ValueError(f"X, teacher: expected [N, K] for both, got {list(values.shape)} and {list(base.shape)}")
         table, base_table = Table.read(values, "X", self.inputs), Table.read(base, "teacher", self.teacher_inputs)
-        self.eps_ = table.floor(self.eps)
-        logits = table.logits(self.eps_)
+        eps = table.floor(self.eps)
+        logits = table.logits(eps)
         target = torch.softmax(base_table.logits(base_table.floor(self.eps)), -1)
         self._fit_groups(self._fit_teacher, logits, target.to(logits), groups)
+        self.eps_ = eps
         return self
 
     def _fit_teacher(self, logits: Tensor, target: Tensor, where: str) -> dict[str, Any]:
@@ -313,9 +317,6 @@ class ConstantTemperature(_TemperatureCalibrator):
     def eps_(self) -> float:  # type: ignore[override]
         """The floor."""
         return self.eps
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return True
 
 
 def _fit_labels(logits: Tensor, labels: Tensor, where: str) -> dict[str, Any]:

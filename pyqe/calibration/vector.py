@@ -75,10 +75,11 @@ class VectorScaling(Calibrator):
                 would be -inf.
         """
         table = self._table(X)
-        self.eps_ = table.floor(self.eps)
-        logits = self._finite_logits(table)
+        eps = table.floor(self.eps)
+        logits = _finite_logits(table, eps)
         targets = _targets(y, logits)
         self.scale_, self.shift_, self.nll_before_, self.nll_ = _newton(logits, targets)
+        self.eps_ = eps
         self.n_features_in_ = logits.shape[1]
         return self
 
@@ -97,7 +98,7 @@ class VectorScaling(Calibrator):
             ValueError: wrong shape or range, NaN or infinite logits, another number of classes than in ``fit``.
         """
         check_is_fitted(self)
-        logits = self._finite_logits(self._table(X))
+        logits = _finite_logits(self._table(X), self.eps_)
         if logits.shape[1] != self.n_features_in_:
             raise ValueError(f"X: expected {self.n_features_in_} classes, as in fit, got {logits.shape[1]}")
         return like(np.exp(log_softmax(self.scale_ * logits + self.shift_, axis=1)), X)
@@ -112,13 +113,14 @@ class VectorScaling(Calibrator):
             raise ValueError(f"X: expected shape [N, K] with K > 1, got {list(values.shape)}")
         return Table.read(values.double(), "X", self.inputs)
 
-    def _finite_logits(self, table: Table) -> Floats:
-        logits = table.logits(self.eps_).cpu().numpy()
-        infinite = ~np.isfinite(logits).all(axis=1)
-        if infinite.any():
-            row = int(infinite.argmax())
-            raise ValueError(f"X: expected finite logits, got {logits[row].tolist()} in row {row}")
-        return logits
+
+def _finite_logits(table: Table, eps: float) -> Floats:
+    logits = table.logits(eps).cpu().numpy()
+    infinite = ~np.isfinite(logits).all(axis=1)
+    if infinite.any():
+        row = int(infinite.argmax())
+        raise ValueError(f"X: expected finite logits, got {logits[row].tolist()} in row {row}")
+    return logits
 
 
 def _targets(y: Any, logits: Floats) -> Floats:
