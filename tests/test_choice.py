@@ -531,6 +531,15 @@ def test_bad_questions_fail_alone() -> None:
     assert json.dumps([result.to_dict() for result in results])
 
 
+def test_padding_stays_within_the_context() -> None:
+    """A model with learned positions has no embedding beyond them."""
+    longest = max(len(prompt_of(scorer("gpt2"), question, SHOTS)) for question in QUESTIONS)
+    for positions in (longest, longest - 1):
+        lm = tiny.model("gpt2", vocab_size=len(tokenizer()), n_positions=positions)
+        results = ChoiceScorer(lm, tokenizer()).score(QUESTIONS, shots=SHOTS)
+        assert [result.status for result in results].count("failed") == longest - positions
+
+
 def test_logits_that_are_not_finite_fail() -> None:
     lm = tiny.model("llama", vocab_size=len(tokenizer()), max_position_embeddings=1024)
     with torch.no_grad():
