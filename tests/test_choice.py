@@ -141,8 +141,12 @@ def test_read_questions(tmp_path: Path) -> None:
 
 
 def test_mcq_files(data_folder: Path) -> None:
-    counts = {path.stem: len(read_questions(path)) for path in (data_folder / "mcq").glob("*.jsonl")}
-    assert counts == {"arc_challenge_dev": 299, "csqa_dev": 1221, "openbookqa_test": 500, "mmlu_half": 1140}
+    files = sorted((data_folder / "mcq").glob("*.jsonl"))
+    assert files
+    for path in files:
+        questions = read_questions(path)
+        assert questions
+        assert all(question.answer is not None for question in questions)
 
 
 def test_prompts() -> None:
