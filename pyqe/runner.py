@@ -37,9 +37,13 @@ class ModelRunner:
     @property
     def context(self) -> int:
         """The longest input in tokens that both the model and the tokenizer take."""
+        return int(min(self._positions, self.tokenizer.model_max_length))
+
+    @property
+    def _positions(self) -> int:
+        """The longest input, padding included, that the model takes."""
         config = self.model.config.get_text_config(decoder=True)
-        lengths = [getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length]
-        return int(min(length for length in (*lengths, 2**31) if length))
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
     def _read_lm_head(self) -> None:
         """Take the model's head as it is now: it may have been moved, cast or resized since the last call."""
@@ -62,7 +66,8 @@ class ModelRunner:
             batch: windows of one padded length.
             prefix: what stands before every window (of a decoder-only model); positions are counted after it.
         """
-        length, encoder_length = batch[0].bucket
+        before = 0 if prefix is None else len(prefix.token_ids)
+        length, encoder_length = (min(length, self._positions - before) for length in batch[0].bucket)
         ids, mask = self._padded([window.input_ids for window in batch], length)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         if prefix is not None:

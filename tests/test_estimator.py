@@ -427,6 +427,15 @@ def test_context_of_tokenizer_and_model() -> None:
     assert QualityEstimator(_model("t5"), tiny.tokenizer_with(model_max_length=int(1e30))).context == 2**31
 
 
+@pytest.mark.parametrize(("kind", "option"), [("gpt2", "n_positions"), ("bart", "max_position_embeddings")])
+def test_padding_stays_within_learned_positions(kind: str, option: str) -> None:
+    qe = QualityEstimator(tiny.model(kind, **{option: 50}), tiny.tokenizer())
+    source = LONG[:90]
+    assert 50 >= len(_ids(source)) > 32
+    (item,) = qe.score([LONG if kind == "gpt2" else "A dog"], [source])
+    assert item.status == "ok"
+
+
 def test_a_text_too_long_for_an_encoder_decoder_fails() -> None:
     qe = _estimator("bart")
     for text, source in ((LONG, "x"), ("x", LONG)):

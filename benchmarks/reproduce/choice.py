@@ -48,12 +48,13 @@ PENALTIES = {1.0: "balanced", 2.0: "conservative"}
 
 @dataclass(frozen=True)
 class Setting:
-    """How questions are put."""
+    """How questions are put, and how many of each set at most."""
 
     name: str
     shots: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     permutations: Any = 1
+    most: int | None = None
 
     @property
     def file_name(self) -> str:
@@ -67,8 +68,9 @@ SETTINGS = (
     Setting("chat", 5, {"chat": True}),
     Setting("parenthesis", 0, {"chat": False, "style": "parenthesis"}),
     Setting("parenthesis", 5, {"chat": False, "style": "parenthesis"}),
-    Setting("full text", 0, {"chat": False, "method": "text"}),
-    Setting("rotations", 5, {"chat": False}, "cyclic"),
+    # One pass for each choice: on a part of the questions
+    Setting("full text", 0, {"chat": False, "method": "text"}, most=300),
+    Setting("rotations", 5, {"chat": False}, "cyclic", most=300),
 )
 
 
@@ -113,7 +115,7 @@ def scored_rows(setting: Setting, name: str, folder: Path, limit: int | None, lo
     from pyqe.choice import ChoiceScorer
 
     shots, questions = questions_of(name)
-    shots, questions = shots[: setting.shots], questions[:limit]
+    shots, questions = shots[: setting.shots], questions[:limit][: setting.most]
     scorer = ChoiceScorer(*load(), **setting.options)
     header = {"prompt": scorer.form.prompt(questions[0], shots), "dtype": str(scorer.model.dtype)}
     path = folder / f"{SETS[name]}-{setting.file_name}.jsonl"

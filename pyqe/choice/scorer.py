@@ -127,7 +127,7 @@ class ChoiceScorer(ModelRunner):
         shots = _shots(shots)
         results = [_result(question, number, shots) for number, question in enumerate(questions)]
         with self._inference():
-            prefix = self._prefix(shots)
+            prefix = self._prefix(shots) if results else None
             shown = [self._orders(result, permutations, seed) for result in results]
             jobs = [self._windows(*pair, shots, greedy_tokens) for pair in zip(results, shown, strict=True)]
             readings = iter(self._read([window for job in jobs for window in job], prefix, batch_size, on_progress))
@@ -179,7 +179,7 @@ class ChoiceScorer(ModelRunner):
         windows = [] if problem else self._method.windows(result.question, shots, shown)
         longest = max((len(window.input_ids) for window in windows), default=0) + greedy_tokens
         if longest > self.context:
-            problem = f"{longest} tokens (shots included) do not fit the context of {self.context}"
+            problem = f"{longest} tokens (shots and generated ones included) do not fit the context of {self.context}"
         if problem is not None:
             result.fail(problem)
             return []
