@@ -346,8 +346,9 @@ def _learned(calibrator: Any) -> tuple[dict[str, str], list[ReportTable]]:
         learned["NLL where fitted"] = f"{calibrator.nll_:.3f} nats ({calibrator.nll_before_:.3f} before)"
     if hasattr(calibrator, "slope_"):
         learned |= {"Slope": f"{calibrator.slope_:.3f}", "Intercept": f"{calibrator.intercept_:.3f}"}
-    if hasattr(calibrator, "eps"):
-        learned["Floor of probabilities"] = f"{calibrator.eps:g}"
+    floor = getattr(calibrator, "eps_", getattr(calibrator, "eps", 0.0))  # the one used; 0 of logits
+    if floor:
+        learned["Floor of probabilities"] = f"{floor:g}"
     return learned, tables
 
 
