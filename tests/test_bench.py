@@ -28,17 +28,10 @@ from pyqe.bench.run import failures, planned
 from pyqe.bench.suites import generate, head, logits, loss, overhead, sampling, temperature
 from pyqe.cli import bench, main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXACT = 5e-5  # relative to the largest value, in float32
 SHAPE = Shape("701x33", 13, "fp32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only get into each other's way in shapes this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def call(*arguments: object) -> Result:

@@ -27,6 +27,8 @@ from pyqe.encoding import prompt_text
 from pyqe.lm_head import output_embedding
 from pyqe.prefix import SharedPrefix
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUESTIONS = [
     Question("What is the capital of France?", ["Rome", "Paris", "Berlin"], 1, "fr"),
     Question("2 + 2 =", ["3", "4"], 1, 4),
@@ -36,15 +38,6 @@ QUESTIONS = [
 ]
 SHOTS = [Question("What is one and one?", ["two", "three"], 0), Question("Is a cat a dog?", ["yes", "no", "maybe"], 1)]
 ROOM = {"llama": "max_position_embeddings", "gpt2": "n_positions"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    """Threads only get into each other's way in models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -13,33 +13,25 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-import torch
 from click.testing import CliRunner, Result
 
 import pyqe
 from pyqe.cli import main
 from pyqe.scored import SIGNALS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OK, FAILED, USAGE, SOME_ROWS_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 ROOT = Path(__file__).parents[1]
 LINES = [f"the cat sat on mat {number}, {'and a dog ' * (number % 4)}!" for number in range(20)]
 CHAT_TEMPLATE = """{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('only users') }}{% endif %}
 [{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %} [assistant] {% endif %}"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only get into each other's way in models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

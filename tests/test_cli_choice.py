@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-import torch
 from click.testing import CliRunner, Result
 
 from pyqe.choice import ChoiceScorer, Question
 from pyqe.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OK, FAILED, USAGE, SOME_ROWS_FAILED = 0, 1, 2, 3
 QUESTIONS = [
@@ -27,15 +28,6 @@ QUESTIONS = [
     for number in range(12)
 ]
 SHOTS = [{"question": f"Is {name} an animal?", "choices": ["yes", "no"], "answer": 0} for name in ("a cat", "a dog")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only get into each other's way in models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

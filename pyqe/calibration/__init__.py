@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pyqe._lazy import lazy_getattr
 
 if TYPE_CHECKING:
     from pyqe.calibration import prompts
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pyqe.calibration.temperature import ConstantTemperature, DistilledTemperature, TemperatureScaling
     from pyqe.calibration.vector import VectorScaling
 
-_HOMES: dict[str, str] = {
+_HOMES = {
     "Calibrator": "pyqe.calibration.base",
     "ConfidenceCalibrator": "pyqe.calibration.base",
     "ConfidenceParseError": "pyqe.calibration.parsing",
@@ -70,14 +71,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'pyqe.calibration' has no attribute {name!r}")
-    module = importlib.import_module(home)
-    value = module if home == f"pyqe.calibration.{name}" else getattr(module, name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_getattr(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

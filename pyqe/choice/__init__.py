@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pyqe._lazy import lazy_getattr
 
 if TYPE_CHECKING:
     from pyqe.choice.abstention import AbstentionPolicy
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from pyqe.choice.scorer import ChoiceScorer
     from pyqe.choice.study import AbstentionResult, CorrelationStudy, Evaluation, correlation_study, evaluate
 
-_HOMES: dict[str, str] = {
+_HOMES = {
     "AbstentionPolicy": "pyqe.choice.abstention",
     "AbstentionResult": "pyqe.choice.study",
     "ChoiceScorer": "pyqe.choice.scorer",
@@ -44,13 +45,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'pyqe.choice' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_getattr(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

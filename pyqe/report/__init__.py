@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pyqe._lazy import lazy_getattr
 from pyqe.report.html import render_report, write_report
 from pyqe.report.page import ReportTable
 
@@ -19,8 +19,5 @@ __all__ = [
     "write_report",
 ]
 
-
-def __getattr__(name: str) -> Any:  # scikit-learn and scipy, which the other page does without, take a second
-    if name not in ("render_calibration_report", "write_calibration_report"):
-        raise AttributeError(f"module 'pyqe.report' has no attribute {name!r}")
-    return getattr(importlib.import_module("pyqe.report.calibration_page"), name)
+_PAGE = "pyqe.report.calibration_page"
+__getattr__ = lazy_getattr(__name__, {"render_calibration_report": _PAGE, "write_calibration_report": _PAGE})
