@@ -38,7 +38,7 @@ def as_array(values: Any, name: str) -> NDArray[Any]:
             if any(isinstance(value, (str, bytes)) for value in array.ravel()):
                 raise TypeError("a string among them")
             array = array.astype(np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: a tensor with a gradient in a list
         raise TypeError(
             f"{name}: expected numbers in rows of one length, got {type(values).__name__} ({error})"
         ) from None

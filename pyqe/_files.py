@@ -18,10 +18,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: the folder is missing or cannot be written, the disk is full; ``path`` is left as it was.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        yield target
+    if os.path.exists(path) and not os.path.isfile(path):
+        yield Path(path)  # /dev/stdout may lead to a pipe, which has no name of its own
         return
+    target = Path(os.path.realpath(path))
     # Not tempfile, whose files only their owner can read
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -170,9 +170,9 @@ def from_logprobs(
 ) -> Answer:
     """An answer of a response with log-probabilities, as OpenAI's API and vLLM's server give it.
 
-    The answer is the first token that is a choice (" B", "B", "(B" and "B." are "B"), the confidence that token's
-    probability in the softmax over the whole vocabulary. ``mass`` is the sum over all tokens that are a choice, of
-    those that ``top_logprobs`` shows there: a lower bound.
+    The answer is the first token that is a choice (" B", "B", "(B" and "B." are "B") and is not followed by a word, or
+    else the only choice there, the confidence that token's probability in the softmax over the whole vocabulary.
+    ``mass`` is the sum over all tokens that are a choice, of those that ``top_logprobs`` shows there: a lower bound.
 
     Args:
         record: a chat completion (``choices[0].logprobs.content``) or a completion
@@ -183,7 +183,8 @@ def from_logprobs(
         correct: path of the correctness instead, as for :func:`from_fields`.
 
     Raises:
-        ValueError: a field is missing; several completions; an echoed prompt; no token is a choice.
+        ValueError: a field is missing; several completions; an echoed prompt; no token is a choice, or words follow
+            on several.
 
     Example:
         >>> token = {"token": "B", "logprob": -0.1, "top_logprobs": [{"token": "B", "logprob": -0.1}]}
@@ -191,20 +192,18 @@ def from_logprobs(
         >>> from_logprobs({"response": response, "gold": "B"}).correct
         1.0
     """
-    for token, logprob, alternatives in _tokens(_logprobs(record)):
-        answer = _as_choice(token, choices)
-        if answer is None:
-            continue
-        seen = {token: logprob, **alternatives}
-        mass = math.fsum(math.exp(one) for name, one in seen.items() if _as_choice(name, choices) is not None)
-        if correct is not None:
-            right: float | None = _correctness(field(record, correct), correct)
-            label = None
-        else:
-            label = None if gold is None else _gold(field(record, gold), gold, choices)
-            right = None if label is None else float(answer == label)
-        return Answer(math.exp(logprob), right, label=label, mass=min(mass, 1.0))
-    raise ValueError(f"logprobs: expected a token that is one of {', '.join(choices)}, got none")
+    tokens = list(_tokens(_logprobs(record)))
+    place, answer = _answer([token for token, _, _ in tokens], choices)
+    token, logprob, alternatives = tokens[place]
+    seen = {token: logprob, **alternatives}
+    mass = math.fsum(math.exp(one) for name, one in seen.items() if _as_choice(name, choices) is not None)
+    if correct is not None:
+        right: float | None = _correctness(field(record, correct), correct)
+        label = None
+    else:
+        label = None if gold is None else _gold(field(record, gold), gold, choices)
+        right = None if label is None else float(answer == label)
+    return Answer(math.exp(logprob), right, label=label, mass=min(mass, 1.0))
 
 
 def format_of(record: Mapping[str, Any]) -> str:
@@ -322,6 +321,20 @@ def _tokens(logprobs: Mapping[str, Any]) -> Iterable[tuple[str, float, dict[str,
 def _logprob(value: Any) -> float:
     """Rounding can take a log-probability above 0; -9999 stands for less than can be said."""
     return min(_number(value, "logprob"), 0.0)
+
+
+def _answer(tokens: Sequence[Any], choices: Sequence[str]) -> tuple[int, int]:
+    """Which token is the answer, and which choice it is; "A good answer is B" does not say "A"."""
+    found = [(place, answer) for place, one in enumerate(tokens) if (answer := _as_choice(one, choices)) is not None]
+    for place, answer in found:
+        rest = str(tokens[place + 1]) if place + 1 < len(tokens) else ""
+        word_follows = rest.strip()[:1].isalnum() and "\n" not in rest
+        if not (word_follows and str(tokens[place])[-1:].isalnum()):
+            return place, answer
+    if len({answer for _, answer in found}) == 1:
+        return found[0]
+    got = "several that words follow on" if found else "none"
+    raise ValueError(f"logprobs: expected a token that is one of {', '.join(choices)}, got {got}")
 
 
 def _as_choice(token: Any, choices: Sequence[str]) -> int | None:

@@ -154,6 +154,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     for policy in (
         AbstentionPolicy(2).fit(confidence, correct),
         AbstentionPolicy(0).fit(confidence, correct),  # -inf
+        AbstentionPolicy(np.int64(2), confidence_level=np.float64(0.9)).fit(confidence, correct),
         AbstentionPolicy(method="risk", target_risk=0.01, confidence_level=0.9).fit(confidence, correct),  # inf
     ):
         policy.save_pretrained(tmp_path / "new" / "folder")
@@ -164,7 +165,19 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         assert loaded.get_params() == policy.get_params()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"parameters": {}, "threshold": "a"}', '{"parameters": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"parameters": {}, "threshold": "a"}',
+        '{"parameters": {}, "threshold": "nan"}',
+        '{"parameters": {"a": 1}}',
+        '{"parameters": {"wrong_penalty": -1}, "threshold": 0.5}',
+        '{"parameters": {"wrong_penalty": "x"}, "threshold": 0.5}',
+    ],
+)
 def test_what_is_no_policy(tmp_path: Path, text: str) -> None:
     (tmp_path / "abstention.json").write_text(text)
     with pytest.raises(ValueError, match=r"abstention\.json: expected an abstention policy"):

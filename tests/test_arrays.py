@@ -45,6 +45,7 @@ def test_float32_keeps_its_value() -> None:
         ([[1], [1, 2]], "x: expected numbers in rows of one length, got list"),
         ([1j], "x: expected numbers, got complex128"),
         ({"a": 1}, "x: expected numbers in rows of one length, got dict"),
+        ([torch.tensor(0.5, requires_grad=True)], "x: expected numbers in rows of one length, got list"),
         (np.array(["2020-01-01"], dtype="datetime64[D]"), "x: expected numbers, got datetime64"),
     ],
 )

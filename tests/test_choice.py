@@ -215,6 +215,12 @@ def test_replies(text: str, answer: int | None) -> None:
     assert parse_answer(text, CAPITALS) == answer
 
 
+def test_a_letter_inside_an_option_is_no_label() -> None:
+    vitamins = ["Vitamin A", "Vitamin C", "Vitamin B"]
+    assert parse_answer("Vitamin B. Because it is", vitamins) == 2
+    assert parse_answer("B. Vitamin C", vitamins) == 1
+
+
 def test_replies_with_numbers() -> None:
     numbers = ["8", "80", "-8", "0.8", "24"]
     for index, number in enumerate(numbers):

@@ -233,6 +233,7 @@ def test_report(call: Call, here: Path) -> None:
         ["--choices", "A"],
         ["--choices", "A,A"],
         ["--choices", "A,,B"],
+        ["--from", "lm-eval", "--confidence", "p"],
     ],
 )
 def test_wrong_usage_of_eval(call: Call, arguments: list[object]) -> None:

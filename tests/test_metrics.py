@@ -495,6 +495,7 @@ def test_prediction_rejection_ratio_by_definition() -> None:
     assert metrics.prediction_rejection_ratio(correct, correct) == 1
     assert metrics.prediction_rejection_ratio(correct, np.zeros(60)) == pytest.approx(0)
     assert metrics.prediction_rejection_ratio(correct, -correct) < 0
+    assert metrics.prediction_rejection_ratio([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.1], max_rejection=0.01) == 1
     with pytest.raises(ValueError, match="max_rejection"):
         metrics.prediction_rejection_ratio(correct, confidence, max_rejection=0)
 

@@ -225,6 +225,27 @@ def test_other_tokens_are_no_choice(token: str) -> None:
         from_logprobs(chat((token, -0.5, {})) | {"gold": "B"})
 
 
+@pytest.mark.parametrize(
+    ("tokens", "choice"),
+    [
+        (["A", " good", " answer", " is", " B"], "B"),
+        (["B", " because", " of", " it"], "B"),  # the only one
+        (["B", ",", " as", " A", " is", " wrong"], "B"),
+        (["B", "\n", "A", " is", " wrong"], "B"),
+        (["B", "<|im_end|>"], "B"),
+        (["B.", " A", " is", " wrong"], "B"),
+        (["A", " or", " B", " perhaps"], None),
+    ],
+)
+def test_an_article_is_no_answer(tokens: list[str], choice: str | None) -> None:
+    record = chat(*((token, -0.5, {}) for token in tokens))
+    if choice is not None:
+        assert from_logprobs(record | {"gold": choice}).correct == 1.0
+        return
+    with pytest.raises(ValueError, match="several that words follow on"):
+        from_logprobs(record | {"gold": "A"})
+
+
 def test_choices_can_be_words() -> None:
     record = chat(("Yes", -0.25, {"Yes": -0.25, "no": -1.7})) | {"gold": "no"}
     answer = from_logprobs(record, choices=("Yes", "no"))

@@ -74,4 +74,5 @@ class PlattScaling(ConfidenceCalibrator):
     def _log_odds(self, confidence: Floats) -> Floats:
         if not 0 < self.eps < 0.5:
             raise ValueError(f"eps: expected a number between 0 and 0.5, got {self.eps!r}")
-        return logit(confidence.clip(self.eps, 1 - self.eps))
+        eps = float(self.eps)  # as the file has it
+        return logit(confidence.clip(eps, 1 - eps))

@@ -130,7 +130,11 @@ class AbstentionPolicy(BaseEstimator):  # type: ignore[misc]  # scikit-learn has
         stored = threshold if math.isfinite(threshold) else str(threshold)  # JSON has no infinity
         Path(folder).mkdir(parents=True, exist_ok=True)
         with atomic_path(Path(folder) / _FILE) as temporary:
-            text = json.dumps({"parameters": self.get_params(), "threshold": stored}, indent=1)
+            parameters = {
+                name: value.item() if isinstance(value, np.generic) else value
+                for name, value in self.get_params().items()
+            }
+            text = json.dumps({"parameters": parameters, "threshold": stored}, indent=1)
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -145,7 +149,10 @@ class AbstentionPolicy(BaseEstimator):  # type: ignore[misc]  # scikit-learn has
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             policy = cls(**stored["parameters"])
+            policy._check_parameters()
             policy.threshold_ = float(stored["threshold"])
+            if math.isnan(policy.threshold_):
+                raise ValueError("threshold: expected a number, got nan")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected an abstention policy ({error})") from None
         return policy

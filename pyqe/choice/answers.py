@@ -23,10 +23,12 @@ class FoundAnswer:
     Attributes:
         index: of the option.
         start: position in the reply of its letter, or of its text.
+        end: position after it.
     """
 
     index: int
     start: int
+    end: int
 
 
 def parse_answer(text: str, choices: Sequence[str]) -> int | None:
@@ -57,17 +59,20 @@ def parse_answer(text: str, choices: Sequence[str]) -> int | None:
 def find_answer(text: str, choices: Sequence[str]) -> FoundAnswer | None:
     """As :func:`parse_answer`, with the position of what it went by."""
     letters = LETTERS[: len(choices)]
+    mentions = _mentions(text, choices)
     for label in _LABEL.finditer(text):
         group = label.lastindex or 0
-        if label[group].upper() in letters:
-            return FoundAnswer(letters.index(label[group].upper()), label.start(group))
-    named = _only(_mentions(text, choices))
+        start = label.start(group)
+        inside = any(mention.start < start < mention.end for mention in mentions)  # the B of "vitamin B."
+        if label[group].upper() in letters and not inside:
+            return FoundAnswer(letters.index(label[group].upper()), start, label.end(group))
+    named = _only(mentions)
     if named is not None:
         return named
     alone = _ALONE.fullmatch(text)
     bare = [alone] if alone else _BARE.finditer(text)
     return _only(
-        FoundAnswer(letters.index(letter[1].upper()), letter.start(1))
+        FoundAnswer(letters.index(letter[1].upper()), *letter.span(1))
         for letter in bare
         if letter[1].upper() in letters
     )
@@ -87,7 +92,7 @@ def _mentions(text: str, choices: Sequence[str]) -> list[FoundAnswer]:
     """Where the options' texts are, but for those inside the mention of a longer one."""
     spans = [(match.span(), index) for index, choice in enumerate(choices) for match in _pattern(choice).finditer(text)]
     return [
-        FoundAnswer(index, start)
+        FoundAnswer(index, start, end)
         for (start, end), index in spans
         if not any(first <= start and end <= last and last - first > end - start for (first, last), _ in spans)
     ]

@@ -53,4 +53,6 @@ class TextMethod:
             result.fail("logits that are not finite")
             return
         result.set_logprobs(logprobs[None])
+        if result.status == "failed":
+            return
         result.mean_logprobs = np.array([reading.mean() for reading in readings])

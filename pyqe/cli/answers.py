@@ -23,7 +23,11 @@ _PERCENTAGES = 10  # as many rows that look like it, and most of all so far, are
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """Where answers come from, and which fields are read."""
+    """Where answers come from, and which fields are read.
+
+    Raises:
+        click.UsageError: options that exclude each other.
+    """
 
     source: str
     input_form: str
@@ -33,6 +37,11 @@ class AnswerOptions:
     choices: tuple[str, ...]
     group: str | None
     strict: bool
+
+    def __post_init__(self) -> None:
+        if self.confidence is not None and self.input_form in ("lm-eval", "openai"):
+            message = f"--confidence: rows of {self.input_form} have one of their own; leave out one of the two."
+            raise click.UsageError(message, click.get_current_context())
 
     def read(self, record: dict[str, Any], judged: bool) -> Answer:
         """The answer of a record, with its correctness if ``judged``.
@@ -96,7 +105,7 @@ def answer_options(name: str, kind: type[AnswerOptions], *more: Decorator) -> De
             default="A,B,C,D",
             show_default=True,
             callback=_split_choices,
-            help="For openai: the first token that is one of these is the answer.",
+            help="For openai: the token that is one of these is the answer.",
         ),
         *more,
         click.option("--group", metavar="FIELD", help="Group of a row, such as its data set."),

@@ -117,7 +117,7 @@ def prediction_rejection_ratio(
     right, sure = answers(correct, confidence, missing=missing)
     if right.min() == right.max():
         return np.nan
-    first = len(right) - max(1, round(max_rejection * len(right)))
+    first = len(right) - max(2, round(max_rejection * len(right)))  # one rejection at least, beside none
     ours, best = (_mean_accuracies(right, order)[first:].mean() - right.mean() for order in (sure, right))
     return float(ours / best)
 
