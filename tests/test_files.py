@@ -10,12 +10,17 @@ import pytest
 from pyqe._files import atomic_path
 
 
+def write_half(target: Path) -> None:
+    with atomic_path(target) as path:
+        path.write_text("half")
+        raise OSError("full")
+
+
 def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old")
-    with pytest.raises(KeyError), atomic_path(target) as path:
-        path.write_text("half")
-        raise KeyError
+    with pytest.raises(OSError, match="full"):
+        write_half(target)
     assert (target.read_text(), os.listdir(tmp_path)) == ("old", ["file"])
 
 
