@@ -130,6 +130,7 @@ def test_rounding_is_no_problem() -> None:
         (["A", "B"], "A 20% chance for B, 80% for A.", None),
         (["C", "E"], "Vitamin C: 0.5, e.g. 0.5", None),
         (["A", "B"], '{"answer": "A", "probs": {"A": 0.8, "B": 0.2}}', [0.8, 0.2]),
+        (["A", "B"], "P(A|x): 0.8, P(B|x): 0.2", [0.8, 0.2]),
         (["A", "B"], "- label: A\n  probability: 0.8\n- label: B\n  probability: 0.2", [0.8, 0.2]),
     ],
 )
@@ -235,6 +236,20 @@ def test_doubtful_numbers_are_never_taken_without_a_word(reply: str) -> None:
     assert parse_distribution(reply, LABELS).status != "ok"
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "A has a 30% chance of being wrong; B has a 70% chance of being wrong",
+        "A: 30% chance that it is wrong\nB: 70% chance that it is wrong",
+        "P(error|A): 0.3, P(error|B): 0.7",
+        "Probabilities of exclusion:\nA: 0.9\nB: 0.1",
+        'Probabilities that it is not the answer: {"A": 0.9, "B": 0.1}',
+    ],
+)
+def test_numbers_for_the_opposite_are_not_taken(reply: str) -> None:
+    assert parse_distribution(reply, ["A", "B"]).status == "failed"
+
+
 def test_strict_raises_with_what_was_read() -> None:
     assert parse_distribution("A: 0.5, B: 0.5", ["A", "B"], strict=True).status == "ok"
     with pytest.raises(DistributionParseError, match="B: no number") as error:
@@ -324,6 +339,9 @@ def test_confidences_with_a_problem(reply: str, confidence: float, problem: str)
         "Confidence: 0.5 → 0.9",
         "Probability that I am wrong: 0.2",
         "Probability of error: 5%",
+        "There is a 5% probability that this is not correct",
+        "Probability: 0.3 that it is false",
+        "I am only 30% sure this is wrong",
         "I'm not 90% sure.",
         "I'm sorry, I can't tell.",
         "1789.0.9",

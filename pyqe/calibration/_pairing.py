@@ -17,7 +17,13 @@ def _set(words: str) -> frozenset[str]:
 # Words with which a number is not, or not simply, that of the label
 _DOUBTS = _set(
     "not no non never neither nor without except excluding other than unlike anything against wrong incorrect false "
-    "isn't aren't doesn't won't opposite or vs versus error errors mistake mistaken failure remaining remainder rest"
+    "isn't aren't doesn't won't opposite or vs versus error errors mistake mistaken failure remaining remainder rest "
+    "failing exclusion excluded reject rejected rejection doubt doubtful unlikely uncertain uncertainty unsure"
+)
+# Words with which a line above says that the numbers are not those of the labels
+_HEADING_DOUBTS = _set(
+    "not excluding exclusion excluded reject rejected rejection wrong incorrect false error errors mistake failure "
+    "failing doubt unlikely uncertainty"
 )
 # What may stand between a label and its number, and leaves no doubt that they belong together
 _COPULAS = _set(
@@ -76,6 +82,8 @@ def read(stream: list[Token], labels: int) -> Reading:
     if reading.labels < whole.labels:
         return whole
     first, last = blocks[0][0], blocks[-1][1]
+    if _is_doubtful(_heading(stream[:first])):
+        return _without_pairs(reading)
     outside = read_text([*stream[:first], Token("newline", "\n"), *stream[last:]])
     if outside.labels > 1 and _contradicts(outside, reading):
         reading.problems.append("other numbers stand outside the dict, which was taken")
@@ -140,10 +148,27 @@ def _read_list(stream: list[Token], labels: int) -> Reading:
 
 def read_text(stream: list[Token]) -> Reading:
     """All lines."""
-    reading = Reading()
+    reading, doubtful = Reading(), False
     for line in _joined(_split(stream, "newline")):
-        reading.add(_read_line(line))
+        doubtful = _is_doubtful(line) if not _kinds(line) and line[-1].kind == "link" else doubtful
+        reading.add(_without_pairs(_read_line(line)) if doubtful else _read_line(line))
     return reading
+
+
+def _heading(before: list[Token]) -> list[Token]:
+    """The line that ends with a colon or the like right before a dict, or nothing."""
+    lines = [line for line in _split(before, "newline") if line]
+    return lines[-1] if lines and lines[-1][-1].kind == "link" and not _kinds(lines[-1]) else []
+
+
+def _is_doubtful(heading: list[Token]) -> bool:
+    """Whether what a heading says, after its last comma, is that numbers below it are not those of the labels."""
+    return bool(_words(_split(heading, "comma")[-1]) & _HEADING_DOUBTS)
+
+
+def _without_pairs(reading: Reading) -> Reading:
+    problem = "the words above the numbers say that they may be about something else; they were left out"
+    return Reading(problems=[problem]) if reading.pairs else reading
 
 
 def _split(stream: Iterable[Token], kind: str) -> list[list[Token]]:
@@ -207,10 +232,11 @@ def _alternating(line: list[Token]) -> Reading:
         label, value = sorted((line[one], line[two]), key=lambda token: token.kind)
         assert value.value is not None
         words, between = _words(_after_link(line[before:one])), line[one + 1 : two]
-        if (words | _words(between)) & _DOUBTS:
+        behind = _words(_split(line[two + 1 : after], "comma")[0])
+        if (words | _words(between) | behind) & _DOUBTS:
             reading.problems.append(f"{label.text} {value.text} may be about something else; it was left out")
         else:
-            sure = _belong(between) and not set(_word_list(line[two + 1 : after])[:3]) & _DOUBTS
+            sure = _belong(between)
             key = line[one + 1].kind == "link"  # so that words before are part of it: "very positive: 0.5"
             reading.pairs.append(Pair(label.label, value.value, sure and not (key and words - _COPULAS)))
         before = two + 1

@@ -80,6 +80,7 @@ _PLAIN = str.maketrans(
     }
 )
 
+_GIVEN = re.compile(r"((?<![^\W_])(?:p|pr|prob|probability) ?\([^()|\n]{1,100})\|", re.IGNORECASE)  # P(A | text)
 _DIGITS = "[0-9]{1,12}"
 _DECIMALS = "[0-9]{1,30}(?![0-9])"
 # A comma is decimal unless what follows it turns out to be a key: {1:0,2:1}
@@ -118,8 +119,9 @@ _WORDS = r"""
 
 
 def plain(text: str) -> str:
-    """Text with one form for every kind of space, dash, quote, digit and fraction, without escapes."""
-    return re.sub(r"\\([%_\"'])", r"\1", unicodedata.normalize("NFC", text).translate(_PLAIN))
+    """Text with one form for every kind of space, dash, quote, digit and fraction, without escapes; P(A|x) in words."""
+    text = re.sub(r"\\([%_\"'])", r"\1", unicodedata.normalize("NFC", text).translate(_PLAIN))
+    return _GIVEN.sub(r"\1 given ", text)
 
 
 def tokens(text: str, labels: Sequence[str] = ()) -> list[Token]:
@@ -219,7 +221,7 @@ def _pattern(labels: tuple[str, ...]) -> re.Pattern[str]:
 
 _LINKED = r"""(?=["'*`\)\] ]{0,4}(?:[:=|→]|->))"""
 # English words that are also options of a question, and what may follow them as such
-_ARTICLES = {"A": "is|has|with|at|gets|would|should|and|or", "I": "is|has|with|at|gets|and|or"}
+_ARTICLES = {"A": "is|has|with|at|gets|would|should|and|or|given", "I": "is|has|with|at|gets|and|or|given"}
 
 
 def _label(label: str) -> str:
