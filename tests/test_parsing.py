@@ -131,6 +131,12 @@ def test_rounding_is_no_problem() -> None:
         (["C", "E"], "Vitamin C: 0.5, e.g. 0.5", None),
         (["A", "B"], '{"answer": "A", "probs": {"A": 0.8, "B": 0.2}}', [0.8, 0.2]),
         (["A", "B"], "P(A|x): 0.8, P(B|x): 0.2", [0.8, 0.2]),
+        (["A", "B"], '{"A": {"count": 1, "prob": 0.88}, "B": {"count": 0, "prob": 0.12}}', [0.88, 0.12]),
+        (["A", "B"], '{"A": {"rank": 1, "prob": 0.88}, "B": {"rank": 2, "prob": 0.12}}', [0.88, 0.12]),
+        (["A", "B"], '{"A": {"logit": 1, "prob": 0.88}, "B": {"logit": 0, "prob": 0.12}}', [0.88, 0.12]),
+        (["A", "B"], '{"A": {"score": 1, "prob": 0.88}, "B": {"score": 0, "prob": 0.12}}', [0.88, 0.12]),
+        (["A", "B"], '{"A": {"logit": 1}, "B": {"logit": 0}}', None),
+        (["A", "B"], '{"A": {"min": 0.1, "max": 0.3}, "B": {"min": 0.7, "max": 0.9}}', None),
         (["A", "B"], "- label: A\n  probability: 0.8\n- label: B\n  probability: 0.2", [0.8, 0.2]),
     ],
 )

@@ -32,9 +32,12 @@ _COPULAS = _set(
     "certain sure score value weight estimate estimated assigned goes about around approximately approx roughly circa "
     "ca nearly almost maybe perhaps for to on option answer choice label class category"
 )
-_NUMBER_NAMES = _set("probability prob p confidence score value weight percentage percent likelihood")
+_PROBABILITY_NAMES = _set("probability prob p")
+_NUMBER_NAMES = _PROBABILITY_NAMES | _set("confidence score value weight percentage percent likelihood")
 # Of numbers that are no probabilities
-_OTHER_NAMES = _set("total sum rank index id number count reason reasoning explanation rationale why")
+_OTHER_NAMES = _set(
+    "total sum rank index id number count logit logits logprob min max reason reasoning explanation rationale why"
+)
 SAME = 0.005  # numbers that differ less are the same, rounded
 
 
@@ -68,6 +71,7 @@ class Reading:
 
 def read(stream: list[Token], labels: int) -> Reading:
     """The last dict or list with the most labels, or the whole text where that has more."""
+    stream = _probabilities(stream)
     whole = read_text(stream)
     blocks = [(start, end, _read_block(stream[start:end])) for start, end in _blocks(stream)]
     blocks = [block for block in blocks if block[2].pairs]
@@ -134,6 +138,40 @@ def _read_block(block: list[Token]) -> Reading:
     pairs = _read_line(labelled)
     reading.add(pairs if pairs.pairs else _read_line(kept))
     return reading
+
+
+def _probabilities(stream: list[Token]) -> list[Token]:
+    """All tokens but, of several numbers that an inner dict has for a label, those that are not the probability."""
+    found: list[Token] = []
+    run: list[Token] = []
+    depth = 0
+    for token in stream:
+        if token.kind in ("open", "close"):
+            found += [*(_probability(run) if depth > 1 else run), token]
+            run, depth = [], max(0, depth + (1 if token.kind == "open" else -1))
+        else:
+            run.append(token)
+    return found + (_probability(run) if depth > 1 else run)
+
+
+def _probability(run: list[Token]) -> list[Token]:
+    """What is inside an inner bracket, without those of its named numbers that are no probabilities."""
+    segments = _split(run, "comma")
+    names = [set(_word_list(segment)) if _kinds(segment) == "V" else set() for segment in segments]
+    ranks = [_rank(words) for words in names]
+    best = 1 if any("L" in _kinds(segment) and "V" in _kinds(segment) for segment in segments) else max(ranks)
+    kept: list[Token] = []
+    for segment, words, rank in zip(segments, names, ranks, strict=True):
+        if not words or not (rank < best or words & _OTHER_NAMES):
+            kept += [Token("comma", ","), *segment]
+    return kept[1:]
+
+
+def _rank(words: set[str]) -> int:
+    """How much a name of a number says that it is a probability: 3 most, 1 nothing."""
+    if not words or not words <= _NUMBER_NAMES:
+        return 1
+    return 3 if words <= _PROBABILITY_NAMES else 2
 
 
 def _read_list(stream: list[Token], labels: int) -> Reading:
