@@ -23,7 +23,7 @@ _DOUBTS = _set(
 # Words with which a line above says that the numbers are not those of the labels
 _HEADING_DOUBTS = _set(
     "not excluding exclusion excluded reject rejected rejection wrong incorrect false error errors mistake failure "
-    "failing doubt unlikely uncertainty"
+    "failing doubt unlikely uncertain uncertainty unsure"
 )
 # What may stand between a label and its number, and leaves no doubt that they belong together
 _COPULAS = _set(
@@ -86,7 +86,7 @@ def read(stream: list[Token], labels: int) -> Reading:
     if reading.labels < whole.labels:
         return whole
     first, last = blocks[0][0], blocks[-1][1]
-    if _is_doubtful(_heading(stream[:first])):
+    if is_doubtful(_heading(stream[:first])):
         return _without_pairs(reading)
     outside = read_text([*stream[:first], Token("newline", "\n"), *stream[last:]])
     if outside.labels > 1 and _contradicts(outside, reading):
@@ -188,7 +188,7 @@ def read_text(stream: list[Token]) -> Reading:
     """All lines."""
     reading, doubtful = Reading(), False
     for line in _joined(_split(stream, "newline")):
-        doubtful = _is_doubtful(line) if not _kinds(line) and line[-1].kind == "link" else doubtful
+        doubtful = is_doubtful(line) if not _kinds(line) and line[-1].kind == "link" else doubtful
         reading.add(_without_pairs(_read_line(line)) if doubtful else _read_line(line))
     return reading
 
@@ -199,9 +199,9 @@ def _heading(before: list[Token]) -> list[Token]:
     return lines[-1] if lines and lines[-1][-1].kind == "link" and not _kinds(lines[-1]) else []
 
 
-def _is_doubtful(heading: list[Token]) -> bool:
-    """Whether what a heading says, after its last comma, is that numbers below it are not those of the labels."""
-    return bool(_words(_split(heading, "comma")[-1]) & _HEADING_DOUBTS)
+def is_doubtful(line: list[Token]) -> bool:
+    """Whether a line says, after its last comma, that its numbers or those below it are not those of the labels."""
+    return bool(_words(_split(line, "comma")[-1]) & _HEADING_DOUBTS)
 
 
 def _without_pairs(reading: Reading) -> Reading:
