@@ -137,6 +137,10 @@ def test_rounding_is_no_problem() -> None:
         (["A", "B"], '{"A": {"score": 1, "prob": 0.88}, "B": {"score": 0, "prob": 0.12}}', [0.88, 0.12]),
         (["A", "B"], '{"A": {"logit": 1}, "B": {"logit": 0}}', None),
         (["A", "B"], '{"A": {"min": 0.1, "max": 0.3}, "B": {"min": 0.7, "max": 0.9}}', None),
+        (["1", "2"], "1 - 0.6\n2 - 0.4", [0.6, 0.4]),
+        (["-1", "0", "1"], "-1: 0.2, 0: 0.3, 1: 0.5", [0.2, 0.3, 0.5]),
+        (["joy", "sadness", "love"], "joy 70%, sadness 20%, love 10% (total 100%)", [0.7, 0.2, 0.1]),
+        (["total", "partial"], '{"total": 1, "partial": 0}', [1, 0]),
         (["A", "B"], "- label: A\n  probability: 0.8\n- label: B\n  probability: 0.2", [0.8, 0.2]),
     ],
 )

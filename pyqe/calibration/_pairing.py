@@ -71,7 +71,7 @@ class Reading:
 
 def read(stream: list[Token], labels: int) -> Reading:
     """The last dict or list with the most labels, or the whole text where that has more."""
-    stream = _probabilities(stream)
+    stream = _probabilities(_without_total(stream))
     whole = read_text(stream)
     blocks = [(start, end, _read_block(stream[start:end])) for start, end in _blocks(stream)]
     blocks = [block for block in blocks if block[2].pairs]
@@ -94,6 +94,19 @@ def read(stream: list[Token], labels: int) -> Reading:
     if stream[last - 1].kind != "close":
         reading.problems.append("a bracket is not closed: the reply may have been cut off")
     return reading
+
+
+def _without_total(stream: list[Token]) -> list[Token]:
+    """All tokens but "total" or "sum" and a 1 or 100% that follows."""
+    found: list[Token] = []
+    for token in stream:
+        place = len(found) - (2 if found and (found[-1].kind == "link" or found[-1].text in ("of", "is")) else 1)
+        named = place >= 0 and found[place].kind == "word" and found[place].text in ("total", "sum")
+        if named and token.value and token.value.fraction == 1:
+            del found[place:]
+        else:
+            found.append(token)
+    return found
 
 
 def _contradicts(outside: Reading, inside: Reading) -> bool:

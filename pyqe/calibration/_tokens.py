@@ -228,8 +228,9 @@ def _label(label: str) -> str:
     """Pattern of a label."""
     words = [re.escape(word) for word in re.split(r"[\s_-]+", label.strip()) if word] or [re.escape(label.strip())]
     pattern = r"[\s_-]{1,3}".join(words)
-    if label.strip().isdecimal():  # else it is a number like others
-        return rf"""(?<![^\W_])(?<![./]){pattern}(?:(?=["'])|{_LINKED})"""
+    if label.strip().removeprefix("-").isdecimal():  # else it is a number like others
+        pattern = re.escape(label.strip())
+        return rf"""(?:(?<![^\W_])(?<![./-]){pattern}(?:(?=["'])|{_LINKED})|^{pattern}(?=\ [-–]\ ))"""
     # not part of a longer word: non-toxic is not toxic, C++ not C
     start = r"(?<![^\W_])(?<![^\W\d_][-'.&/])" if label[0].isalnum() else ""
     end = r"(?![^\W_]|[+\#@]|[-.'&/][^\W\d_])" if label[-1].isalnum() else r"(?![^\W\d_])"
