@@ -130,6 +130,17 @@ def test_rounding_is_no_problem() -> None:
         (["A", "B"], "A 20% chance for B, 80% for A.", None),
         (["C", "E"], "Vitamin C: 0.5, e.g. 0.5", None),
         (["A", "B"], '{"answer": "A", "probs": {"A": 0.8, "B": 0.2}}', [0.8, 0.2]),
+        (["A", "B"], "P(A|x): 0.8, P(B|x): 0.2", [0.8, 0.2]),
+        (["A", "B"], '{"A": {"count": 1, "prob": 0.88}, "B": {"count": 0, "prob": 0.12}}', [0.88, 0.12]),
+        (["A", "B"], '{"A": {"rank": 1, "prob": 0.88}, "B": {"rank": 2, "prob": 0.12}}', [0.88, 0.12]),
+        (["A", "B"], '{"A": {"logit": 1, "prob": 0.88}, "B": {"logit": 0, "prob": 0.12}}', [0.88, 0.12]),
+        (["A", "B"], '{"A": {"score": 1, "prob": 0.88}, "B": {"score": 0, "prob": 0.12}}', [0.88, 0.12]),
+        (["A", "B"], '{"A": {"logit": 1}, "B": {"logit": 0}}', None),
+        (["A", "B"], '{"A": {"min": 0.1, "max": 0.3}, "B": {"min": 0.7, "max": 0.9}}', None),
+        (["1", "2"], "1 - 0.6\n2 - 0.4", [0.6, 0.4]),
+        (["-1", "0", "1"], "-1: 0.2, 0: 0.3, 1: 0.5", [0.2, 0.3, 0.5]),
+        (["joy", "sadness", "love"], "joy 70%, sadness 20%, love 10% (total 100%)", [0.7, 0.2, 0.1]),
+        (["total", "partial"], '{"total": 1, "partial": 0}', [1, 0]),
         (["A", "B"], "- label: A\n  probability: 0.8\n- label: B\n  probability: 0.2", [0.8, 0.2]),
     ],
 )
@@ -235,6 +246,20 @@ def test_doubtful_numbers_are_never_taken_without_a_word(reply: str) -> None:
     assert parse_distribution(reply, LABELS).status != "ok"
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "A has a 30% chance of being wrong; B has a 70% chance of being wrong",
+        "A: 30% chance that it is wrong\nB: 70% chance that it is wrong",
+        "P(error|A): 0.3, P(error|B): 0.7",
+        "Probabilities of exclusion:\nA: 0.9\nB: 0.1",
+        'Probabilities that it is not the answer: {"A": 0.9, "B": 0.1}',
+    ],
+)
+def test_numbers_for_the_opposite_are_not_taken(reply: str) -> None:
+    assert parse_distribution(reply, ["A", "B"]).status == "failed"
+
+
 def test_strict_raises_with_what_was_read() -> None:
     assert parse_distribution("A: 0.5, B: 0.5", ["A", "B"], strict=True).status == "ok"
     with pytest.raises(DistributionParseError, match="B: no number") as error:
@@ -324,6 +349,18 @@ def test_confidences_with_a_problem(reply: str, confidence: float, problem: str)
         "Confidence: 0.5 → 0.9",
         "Probability that I am wrong: 0.2",
         "Probability of error: 5%",
+        "Confidence: 1 on a scale of 1 to 10",
+        "Confidence: 1 (0-100)",
+        "Confidence interval: 0.95",
+        "uncertainty: 0.2",
+        '{"uncertainty": 0.2}',
+        "doubt: 0.9",
+        "unlikely: 0.2",
+        "P(False) = 0.7",
+        "80% (not 90%)",
+        "There is a 5% probability that this is not correct",
+        "Probability: 0.3 that it is false",
+        "I am only 30% sure this is wrong",
         "I'm not 90% sure.",
         "I'm sorry, I can't tell.",
         "1789.0.9",

@@ -17,7 +17,13 @@ def _set(words: str) -> frozenset[str]:
 # Words with which a number is not, or not simply, that of the label
 _DOUBTS = _set(
     "not no non never neither nor without except excluding other than unlike anything against wrong incorrect false "
-    "isn't aren't doesn't won't opposite or vs versus error errors mistake mistaken failure remaining remainder rest"
+    "isn't aren't doesn't won't opposite or vs versus error errors mistake mistaken failure remaining remainder rest "
+    "failing exclusion excluded reject rejected rejection doubt doubtful unlikely uncertain uncertainty unsure"
+)
+# Words with which a line above says that the numbers are not those of the labels
+_HEADING_DOUBTS = _set(
+    "not excluding exclusion excluded reject rejected rejection wrong incorrect false error errors mistake failure "
+    "failing doubt unlikely uncertain uncertainty unsure"
 )
 # What may stand between a label and its number, and leaves no doubt that they belong together
 _COPULAS = _set(
@@ -26,9 +32,12 @@ _COPULAS = _set(
     "certain sure score value weight estimate estimated assigned goes about around approximately approx roughly circa "
     "ca nearly almost maybe perhaps for to on option answer choice label class category"
 )
-_NUMBER_NAMES = _set("probability prob p confidence score value weight percentage percent likelihood")
+_PROBABILITY_NAMES = _set("probability prob p")
+_NUMBER_NAMES = _PROBABILITY_NAMES | _set("confidence score value weight percentage percent likelihood")
 # Of numbers that are no probabilities
-_OTHER_NAMES = _set("total sum rank index id number count reason reasoning explanation rationale why")
+_OTHER_NAMES = _set(
+    "total sum rank index id number count logit logits logprob min max reason reasoning explanation rationale why"
+)
 SAME = 0.005  # numbers that differ less are the same, rounded
 
 
@@ -62,6 +71,7 @@ class Reading:
 
 def read(stream: list[Token], labels: int) -> Reading:
     """The last dict or list with the most labels, or the whole text where that has more."""
+    stream = _probabilities(_without_total(stream))
     whole = read_text(stream)
     blocks = [(start, end, _read_block(stream[start:end])) for start, end in _blocks(stream)]
     blocks = [block for block in blocks if block[2].pairs]
@@ -76,12 +86,27 @@ def read(stream: list[Token], labels: int) -> Reading:
     if reading.labels < whole.labels:
         return whole
     first, last = blocks[0][0], blocks[-1][1]
+    if is_doubtful(_heading(stream[:first])):
+        return _without_pairs(reading)
     outside = read_text([*stream[:first], Token("newline", "\n"), *stream[last:]])
     if outside.labels > 1 and _contradicts(outside, reading):
         reading.problems.append("other numbers stand outside the dict, which was taken")
     if stream[last - 1].kind != "close":
         reading.problems.append("a bracket is not closed: the reply may have been cut off")
     return reading
+
+
+def _without_total(stream: list[Token]) -> list[Token]:
+    """All tokens but "total" or "sum" and a 1 or 100% that follows."""
+    found: list[Token] = []
+    for token in stream:
+        place = len(found) - (2 if found and (found[-1].kind == "link" or found[-1].text in ("of", "is")) else 1)
+        named = place >= 0 and found[place].kind == "word" and found[place].text in ("total", "sum")
+        if named and token.value and token.value.fraction == 1:
+            del found[place:]
+        else:
+            found.append(token)
+    return found
 
 
 def _contradicts(outside: Reading, inside: Reading) -> bool:
@@ -128,6 +153,40 @@ def _read_block(block: list[Token]) -> Reading:
     return reading
 
 
+def _probabilities(stream: list[Token]) -> list[Token]:
+    """All tokens but, of several numbers that an inner dict has for a label, those that are not the probability."""
+    found: list[Token] = []
+    run: list[Token] = []
+    depth = 0
+    for token in stream:
+        if token.kind in ("open", "close"):
+            found += [*(_probability(run) if depth > 1 else run), token]
+            run, depth = [], max(0, depth + (1 if token.kind == "open" else -1))
+        else:
+            run.append(token)
+    return found + (_probability(run) if depth > 1 else run)
+
+
+def _probability(run: list[Token]) -> list[Token]:
+    """What is inside an inner bracket, without those of its named numbers that are no probabilities."""
+    segments = _split(run, "comma")
+    names = [set(_word_list(segment)) if _kinds(segment) == "V" else set() for segment in segments]
+    ranks = [_rank(words) for words in names]
+    best = 1 if any("L" in _kinds(segment) and "V" in _kinds(segment) for segment in segments) else max(ranks)
+    kept: list[Token] = []
+    for segment, words, rank in zip(segments, names, ranks, strict=True):
+        if not words or not (rank < best or words & _OTHER_NAMES):
+            kept += [Token("comma", ","), *segment]
+    return kept[1:]
+
+
+def _rank(words: set[str]) -> int:
+    """How much a name of a number says that it is a probability: 3 most, 1 nothing."""
+    if not words or not words <= _NUMBER_NAMES:
+        return 1
+    return 3 if words <= _PROBABILITY_NAMES else 2
+
+
 def _read_list(stream: list[Token], labels: int) -> Reading:
     """Numbers without labels, in brackets or alone, one for each."""
     for start, end in [(0, len(stream)), *reversed(_blocks(stream))]:
@@ -140,10 +199,27 @@ def _read_list(stream: list[Token], labels: int) -> Reading:
 
 def read_text(stream: list[Token]) -> Reading:
     """All lines."""
-    reading = Reading()
+    reading, doubtful = Reading(), False
     for line in _joined(_split(stream, "newline")):
-        reading.add(_read_line(line))
+        doubtful = is_doubtful(line) if not _kinds(line) and line[-1].kind == "link" else doubtful
+        reading.add(_without_pairs(_read_line(line)) if doubtful else _read_line(line))
     return reading
+
+
+def _heading(before: list[Token]) -> list[Token]:
+    """The line that ends with a colon or the like right before a dict, or nothing."""
+    lines = [line for line in _split(before, "newline") if line]
+    return lines[-1] if lines and lines[-1][-1].kind == "link" and not _kinds(lines[-1]) else []
+
+
+def is_doubtful(line: list[Token]) -> bool:
+    """Whether a line says, after its last comma, that its numbers or those below it are not those of the labels."""
+    return bool(_words(_split(line, "comma")[-1]) & _HEADING_DOUBTS)
+
+
+def _without_pairs(reading: Reading) -> Reading:
+    problem = "the words above the numbers say that they may be about something else; they were left out"
+    return Reading(problems=[problem]) if reading.pairs else reading
 
 
 def _split(stream: Iterable[Token], kind: str) -> list[list[Token]]:
@@ -207,10 +283,11 @@ def _alternating(line: list[Token]) -> Reading:
         label, value = sorted((line[one], line[two]), key=lambda token: token.kind)
         assert value.value is not None
         words, between = _words(_after_link(line[before:one])), line[one + 1 : two]
-        if (words | _words(between)) & _DOUBTS:
+        behind = _words(_split(line[two + 1 : after], "comma")[0])
+        if (words | _words(between) | behind) & _DOUBTS:
             reading.problems.append(f"{label.text} {value.text} may be about something else; it was left out")
         else:
-            sure = _belong(between) and not set(_word_list(line[two + 1 : after])[:3]) & _DOUBTS
+            sure = _belong(between)
             key = line[one + 1].kind == "link"  # so that words before are part of it: "very positive: 0.5"
             reading.pairs.append(Pair(label.label, value.value, sure and not (key and words - _COPULAS)))
         before = two + 1

@@ -80,6 +80,7 @@ _PLAIN = str.maketrans(
     }
 )
 
+_GIVEN = re.compile(r"((?<![^\W_])(?:p|pr|prob|probability) ?\([^()|\n]{1,100})\|", re.IGNORECASE)  # P(A | text)
 _DIGITS = "[0-9]{1,12}"
 _DECIMALS = "[0-9]{1,30}(?![0-9])"
 # A comma is decimal unless what follows it turns out to be a key: {1:0,2:1}
@@ -118,8 +119,9 @@ _WORDS = r"""
 
 
 def plain(text: str) -> str:
-    """Text with one form for every kind of space, dash, quote, digit and fraction, without escapes."""
-    return re.sub(r"\\([%_\"'])", r"\1", unicodedata.normalize("NFC", text).translate(_PLAIN))
+    """Text with one form for every kind of space, dash, quote, digit and fraction, without escapes; P(A|x) in words."""
+    text = re.sub(r"\\([%_\"'])", r"\1", unicodedata.normalize("NFC", text).translate(_PLAIN))
+    return _GIVEN.sub(r"\1 given ", text)
 
 
 def tokens(text: str, labels: Sequence[str] = ()) -> list[Token]:
@@ -219,15 +221,16 @@ def _pattern(labels: tuple[str, ...]) -> re.Pattern[str]:
 
 _LINKED = r"""(?=["'*`\)\] ]{0,4}(?:[:=|→]|->))"""
 # English words that are also options of a question, and what may follow them as such
-_ARTICLES = {"A": "is|has|with|at|gets|would|should|and|or", "I": "is|has|with|at|gets|and|or"}
+_ARTICLES = {"A": "is|has|with|at|gets|would|should|and|or|given", "I": "is|has|with|at|gets|and|or|given"}
 
 
 def _label(label: str) -> str:
     """Pattern of a label."""
     words = [re.escape(word) for word in re.split(r"[\s_-]+", label.strip()) if word] or [re.escape(label.strip())]
     pattern = r"[\s_-]{1,3}".join(words)
-    if label.strip().isdecimal():  # else it is a number like others
-        return rf"""(?<![^\W_])(?<![./]){pattern}(?:(?=["'])|{_LINKED})"""
+    if label.strip().removeprefix("-").isdecimal():  # else it is a number like others
+        pattern = re.escape(label.strip())
+        return rf"""(?:(?<![^\W_])(?<![./-]){pattern}(?:(?=["'])|{_LINKED})|^{pattern}(?=\ [-–]\ ))"""
     # not part of a longer word: non-toxic is not toxic, C++ not C
     start = r"(?<![^\W_])(?<![^\W\d_][-'.&/])" if label[0].isalnum() else ""
     end = r"(?![^\W_]|[+\#@]|[-.'&/][^\W\d_])" if label[-1].isalnum() else r"(?![^\W\d_])"

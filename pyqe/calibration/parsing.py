@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from pyqe._arrays import Floats
-from pyqe.calibration._pairing import SAME, Pair, Reading, read, read_text
+from pyqe.calibration._pairing import SAME, Pair, Reading, is_doubtful, read, read_text
 from pyqe.calibration._tokens import Token, Value, plain, tokens
 
 Status = Literal["ok", "repaired", "failed"]
@@ -237,6 +237,10 @@ _CONFIDENCE_WORDS = (
 )
 
 
+_NO_CONFIDENCE = re.compile(r"\bconfidence (?:interval|bound|limit)s?\b", re.IGNORECASE)
+_TO_TEN = re.compile(r"(?<![\w.])[01] ?(?:-|–|to|and) ?(?:5|7|10|100)(?![\w.])", re.IGNORECASE)  # a scale's ends
+
+
 def parse_confidence(text: str, *, strict: bool = False) -> ParsedConfidence:
     r"""The confidence that a model's reply states.
 
@@ -273,10 +277,12 @@ def parse_confidence(text: str, *, strict: bool = False) -> ParsedConfidence:
 
 
 def _confidence(stream: list[Token], text: str, problems: list[str]) -> float:
+    if _NO_CONFIDENCE.search(text):
+        raise _UnreadableError("a confidence interval is no confidence")
     lines = read_text(stream)
     value, problem = _settled(lines.pairs)
     named = value is not None
-    if value is None and not lines.problems:
+    if value is None and not lines.problems and not is_doubtful(_last_line(stream)):
         value = next((token.value for token in reversed(stream) if token.kind not in ("newline", "close")), None)
         problem = f"no word says what {value.text!r:.40} is" if value and len(stream) > 1 else ""
     if value is None:
@@ -285,9 +291,19 @@ def _confidence(stream: list[Token], text: str, problems: list[str]) -> float:
     problems += [reason for reason in [problem, *_notes(value)] if reason]
     if value.error:
         raise _UnreadableError(f"{value.text!r:.40} {value.error}")
+    if not value.scaled and value.number == 1 and _TO_TEN.search(text):
+        raise _UnreadableError(f"{value.text!r:.40} may be out of ten or of a hundred")
     if value.scaled or value.number <= 1:
         return value.number
     if not named or value.number <= 10:  # out of ten, out of a hundred, or the answer itself
         raise _UnreadableError(f"{value.text!r:.40} may be on any scale")
     problems.append(f"{value.text!r:.40} was taken as a percentage")
     return value.number / 100
+
+
+def _last_line(stream: list[Token]) -> list[Token]:
+    """What comes after the last line break that words or numbers follow."""
+    ends = [index for index, token in enumerate(stream) if token.kind not in ("newline", "close")]
+    last = stream[: ends[-1] + 1] if ends else []
+    breaks = [index for index, token in enumerate(last) if token.kind == "newline"]
+    return last[breaks[-1] + 1 :] if breaks else last
