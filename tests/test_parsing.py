@@ -294,6 +294,8 @@ def test_arguments() -> None:
         ("Answer: 42\nConfidence: 85%", 0.85),
         ("Confidence level: 85 percent", 0.85),
         ("Paris. I'm about 85% sure.", 0.85),
+        ("Confidence: 85%. I'm not aware of errors.", 0.85),
+        ("**Confidence: 85%.** Not certain, though.", 0.85),
         ("I am 85% confident that it is Paris.", 0.85),
         ("The probability that Paris is the capital is 0.85.", 0.85),
         ("Probability that Paris is the capital: 0.85", 0.85),

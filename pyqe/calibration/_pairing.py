@@ -283,7 +283,7 @@ def _alternating(line: list[Token]) -> Reading:
         label, value = sorted((line[one], line[two]), key=lambda token: token.kind)
         assert value.value is not None
         words, between = _words(_after_link(line[before:one])), line[one + 1 : two]
-        behind = _words(_split(line[two + 1 : after], "comma")[0])
+        behind = _words(_clause(line[two:after])[1:])
         if (words | _words(between) | behind) & _DOUBTS:
             reading.problems.append(f"{label.text} {value.text} may be about something else; it was left out")
         else:
@@ -292,6 +292,13 @@ def _alternating(line: list[Token]) -> Reading:
             reading.pairs.append(Pair(label.label, value.value, sure and not (key and words - _COPULAS)))
         before = two + 1
     return reading
+
+
+def _clause(line: list[Token]) -> list[Token]:
+    """The line up to its first comma or end of a sentence."""
+    ends = (index + 1 for index, token in enumerate(line) if token.ends)
+    commas = (index for index, token in enumerate(line) if token.kind == "comma")
+    return line[: min(next(ends, len(line)), next(commas, len(line)))]
 
 
 def _belong(between: list[Token]) -> bool:

@@ -50,12 +50,14 @@ class Token:
         text: in lower case, but for labels.
         label: its number, of a label.
         value: of a number.
+        ends: whether a sentence ends right behind it.
     """
 
     kind: Kind
     text: str
     label: int = -1
     value: Value | None = None
+    ends: bool = False
 
 
 _FRACTIONS = (  # numerator and denominator
@@ -80,6 +82,7 @@ _PLAIN = str.maketrans(
     }
 )
 
+_SENTENCE_END = re.compile(r"""["'*_)]{0,4}[.!?]["'*_)]{0,4}(?=\s|$)""")
 _GIVEN = re.compile(r"((?<![^\W_])(?:p|pr|prob|probability) ?\([^()|\n]{1,100})\|", re.IGNORECASE)  # P(A | text)
 _DIGITS = "[0-9]{1,12}"
 _DECIMALS = "[0-9]{1,30}(?![0-9])"
@@ -144,11 +147,12 @@ def _repeats(token: Token, before: Token) -> bool:
 
 def _token(match: re.Match[str], text: str) -> Token:
     kind, content = match.lastgroup or "", match.group()
+    ends = _SENTENCE_END.match(text, match.end()) is not None
     if kind.startswith("label"):
-        return Token("label", content, label=int(kind[5:]))
+        return Token("label", content, label=int(kind[5:]), ends=ends)
     if kind in ("word", "newline", "comma", "link", "open", "close"):
-        return Token(kind, content.lower())  # type: ignore[arg-type]
-    return Token("value", content, value=_value(match, text))
+        return Token(kind, content.lower(), ends=ends)  # type: ignore[arg-type]
+    return Token("value", content, value=_value(match, text), ends=ends)
 
 
 def _value(match: re.Match[str], text: str) -> Value:
