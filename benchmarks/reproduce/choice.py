@@ -43,6 +43,7 @@ SETS = {
 }
 N_SHOTS, SEED, CHUNK, BATCH = 5, 0, 128, 16
 HEAD_BAR = 0.05
+OF_SETS = ("n", "accuracy", "auroc", "ece", "aurc")  # figures of each set, beside those of all
 PENALTIES = {1.0: "balanced", 2.0: "conservative"}
 
 
@@ -193,12 +194,14 @@ def figures(rows_of: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     rows = [row for part in rows_of.values() for row in part]
     groups = np.repeat(list(rows_of), [len(part) for part in rows_of.values()])
     of_sets = {name: means(part) for name, part in [*rows_of.items(), ("all", rows)]}
-    evaluations = {
-        kind: evaluate(sure, right, groups=groups, penalties=tuple(PENALTIES)).to_dict()
-        for kind, (sure, right) in series(rows).items()
-    }
-    seconds = {key: 1000 * float(np.mean([row["seconds"][key] for row in rows])) for key in vars(Clock())}
-    return {"failed": failed, "means": of_sets, "evaluations": evaluations, "seconds_per_1000": seconds}
+    evaluations = {}
+    for kind, (sure, right) in series(rows).items():
+        found = evaluate(sure, right, groups=groups, penalties=tuple(PENALTIES)).to_dict()
+        kept = {name: {key: part[key] for key in OF_SETS} for name, part in found["groups"].items()}
+        evaluations[kind] = {**found, "groups": kept}
+    seconds = {key: sum(row["seconds"][key] for row in rows) for key in vars(Clock())}
+    shares = {key: seconds[key] / seconds["total"] for key in ("model", "head")}
+    return {"failed": failed, "means": of_sets, "evaluations": evaluations, "share_of_time": shares}
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -266,6 +269,15 @@ def answers(results: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def short(value: Any) -> Any:
+    """Numbers with six digits."""
+    if isinstance(value, dict):
+        return {key: short(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [short(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def draw(results: Sequence[dict[str, Any]], rows: dict[str, Any], folder: Path) -> None:
     """Figures, where matplotlib is installed."""
     try:
@@ -282,12 +294,13 @@ def draw(results: Sequence[dict[str, Any]], rows: dict[str, Any], folder: Path) 
         masses = [result["means"][name]["format_mass"] for name in SETS]
         if masses[0] is not None:
             left.plot(list(SETS), masses, marker="o", label=label)
-        kind = "MSP" if "MSP" in rows[label] else "answer"
+        kind = "answer" if result["prompt"] in ("full text", "rotations") else "MSP"  # MSP is of one order
         sure, correct = rows[label][kind]
         curve = reliability_curve(correct, sure)
         middle.plot(curve.confidence, curve.accuracy, marker="o", label=f"{label} ({kind})")
         risk = risk_coverage_curve(correct, sure)
-        right.plot(risk.coverage, 1 - risk.risk, label=f"{label} ({kind})")
+        enough = risk.coverage >= 0.02  # of fewer answers, chance decides
+        right.plot(risk.coverage[enough], 1 - risk.risk[enough], label=f"{label} ({kind})")
     middle.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     for axes, title, x, y in (
         (left, "Format mass", "", "mean"),
@@ -337,22 +350,17 @@ def main() -> int:
     except (MissingDataError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    total, head = (sum(result["seconds_per_1000"][key] for result in results) for key in ("total", "head"))
-    slow = [result["seconds_per_1000"]["head"] / result["seconds_per_1000"]["total"] for result in results]
-    model = sum(result["seconds_per_1000"]["model"] for result in results)
-    verdicts = [
-        *answers(results),
-        f"time: model {model / total:.1%}, head {head / total:.1%} ({min(slow):.1%} to {max(slow):.1%}; bar "
-        f"{HEAD_BAR:.0%}), rest {1 - (model + head) / total:.1%}",
-    ]
+    shares = {key: [result["share_of_time"][key] for result in results] for key in ("model", "head")}
+    ranges = (f"{key} {min(found):.1%} to {max(found):.1%}" for key, found in shares.items())
+    verdicts = [*answers(results), f"share of the time: {', '.join(ranges)} (bar for the head {HEAD_BAR:.0%})"]
     print(tables(results), "", *verdicts, sep="\n")
     draw(results, confidences, options.folder)
     if options.output is not None:
         setting = {"model": "SmolLM2-135M-Instruct, bfloat16", "shots": N_SHOTS, "seed": SEED, "limit": options.limit}
-        report = {"title": __doc__.splitlines()[0], "setting": setting, "verdicts": verdicts, "results": results}
+        report = {"title": __doc__.splitlines()[0], "setting": setting, "verdicts": verdicts, "results": short(results)}
         with atomic_path(options.output) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return int(max(slow) >= HEAD_BAR)
+    return int(max(shares["head"]) >= HEAD_BAR)
 
 
 if __name__ == "__main__":
