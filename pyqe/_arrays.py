@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Missing = Literal["raise", "omit"]
+Inputs = Literal["probs", "logits"]
+
+ABOVE_ONE = 1e-3  # by which rounding, to 16 bits or by an API, may take a probability beyond 1
 
 
 def as_array(values: Any, name: str) -> NDArray[Any]:

@@ -10,12 +10,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from pyqe._arrays import ABOVE_ONE, Inputs
 
 LETTERS = ("A", "B", "C", "D")
-Inputs = Literal["probs", "logits"]
 
-_ABOVE_ONE = 1e-3  # by which rounding, to 16 bits or by an API, may take a probability beyond 1
 _AROUND = " \t\n()[].:*\"'▁Ġ"  # a choice in its token; the last two are how some tokenizers write a space
 
 
@@ -230,9 +230,9 @@ def _number(value: Any, name: str) -> float:
 
 def _probability(value: Any, name: str) -> float:
     number = _number(value, name)
-    if 1 + _ABOVE_ONE < number <= 100:
+    if 1 + ABOVE_ONE < number <= 100:
         raise PercentageError(f"{name}: expected a number from 0 to 1, got {number:g}; divide a percentage by 100")
-    if not 0 <= number <= 1 + _ABOVE_ONE:
+    if not 0 <= number <= 1 + ABOVE_ONE:
         raise ValueError(f"{name}: expected a number from 0 to 1, got {number:g}")
     return min(number, 1.0)
 

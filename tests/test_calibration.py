@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from netcal.scaling import TemperatureScaling as NetcalScaling
 from numpy.typing import NDArray
 from scipy import optimize, stats
 from scipy.special import expit, log_softmax, logit, softmax
@@ -172,10 +173,9 @@ def test_temperature_is_that_of_scipy(dtype: Any, temperature: float) -> None:
 
 
 def test_temperature_is_that_of_netcal() -> None:
-    scaling = pytest.importorskip("netcal.scaling")
     logits, labels = labelled_logits()
     probs = softmax(logits, axis=1)
-    theirs = 1 / scaling.TemperatureScaling().fit(probs, labels).temperature[0]
+    theirs = 1 / NetcalScaling().fit(probs, labels).temperature[0]
     assert TemperatureScaling(inputs="probs").fit(probs, labels).temperature_ == pytest.approx(theirs, abs=1e-4)
 
 

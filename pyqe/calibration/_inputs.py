@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyqe import functional as F
-from pyqe._arrays import as_array, class_labels, vector
+from pyqe._arrays import ABOVE_ONE, Inputs, as_array, class_labels, vector
 from pyqe.backends.reference import compute_dtype
 
-Inputs = Literal["probs", "logits"]
-
 FLOOR = 1e-12  # of probabilities, unless one above 0 is less
-_ABOVE_ONE = 1e-3  # by which rounding, to 16 bits or by an API, may take a probability beyond 1
 
 
 def float_tensor(values: Any, name: str) -> Tensor:
@@ -96,8 +93,8 @@ def _check_probs(values: Tensor, name: str) -> None:
     if values.numel() == 0:
         return
     least, most = (float(bound) for bound in values.detach().aminmax())
-    if not (least >= 0 and most <= 1 + _ABOVE_ONE):
-        wrong = ~((values >= 0) & (values <= 1 + _ABOVE_ONE)).reshape(len(values), -1)
+    if not (least >= 0 and most <= 1 + ABOVE_ONE):
+        wrong = ~((values >= 0) & (values <= 1 + ABOVE_ONE)).reshape(len(values), -1)
         row = int(wrong.any(1).int().argmax())
         found = values.detach().reshape(len(values), -1)[row][wrong[row]][0].item()
         raise ValueError(f"{name}: expected probabilities in [0, 1], got {found:g} in row {row}")

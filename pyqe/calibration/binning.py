@@ -9,7 +9,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from pyqe._arrays import Floats
 from pyqe.calibration.base import ConfidenceCalibrator, count, numbers
-from pyqe.metrics.calibration import Strategy, reliability_curve
+from pyqe.metrics.calibration import Strategy, bin_numbers, reliability_curve
 
 
 class HistogramBinning(ConfidenceCalibrator):
@@ -44,8 +44,7 @@ class HistogramBinning(ConfidenceCalibrator):
         self.edges_, self.values_ = curve.edges, curve.accuracy
 
     def _calibrated(self, confidence: Floats) -> Floats:
-        inner = self.edges_[1:-1].astype(np.float32)  # as the curve decides which bin a confidence is in
-        values = self.values_[np.searchsorted(inner, confidence.astype(np.float32), side="right")]
+        values = self.values_[bin_numbers(confidence, self.edges_)]
         return np.where(np.isnan(values), confidence, values)
 
 

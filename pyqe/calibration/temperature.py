@@ -18,11 +18,10 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from pyqe import functional as F
-from pyqe._arrays import group_names
+from pyqe._arrays import Inputs, group_names
 from pyqe.backends.reference import compute_dtype
 from pyqe.calibration._inputs import (
     FLOOR,
-    Inputs,
     Table,
     as_given,
     float_tensor,
@@ -124,7 +123,7 @@ class _TemperatureCalibrator(Calibrator):
 class TemperatureScaling(_TemperatureCalibrator):
     """The temperature of maximum likelihood on labelled data.
 
-    Order is kept: neither the top class nor, without groups, the ranking by confidence changes where K = 2.
+    The top class stays the same; without groups, so does the ranking by confidence where K = 2.
 
     Args:
         inputs: "probs": X are probabilities, such as those that a model states, and their softmax is inverted with the

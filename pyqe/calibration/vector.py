@@ -11,8 +11,8 @@ from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
-from pyqe._arrays import Floats
-from pyqe.calibration._inputs import Inputs, Table, float_tensor, is_single, label_tensor
+from pyqe._arrays import Floats, Inputs
+from pyqe.calibration._inputs import Table, float_tensor, is_single, label_tensor
 from pyqe.calibration.base import Calibrator, count, like, number, numbers
 
 _ITERATIONS = 30  # of which a problem that has an optimum needs about ten

@@ -370,19 +370,24 @@ def _bin_means(right: Floats, sure: Floats, bins: Integers, n_bins: int) -> tupl
 
 
 def _assign(sure: Floats, n_bins: int | ArrayLike, strategy: Strategy) -> tuple[Floats, Integers]:
-    """Edges, and the number of each row's bin.
+    """Edges, and the number of each row's bin."""
+    edges = _edges(sure, n_bins, strategy)
+    return edges, bin_numbers(sure, edges)
+
+
+def bin_numbers(sure: Floats, edges: Floats) -> Integers:
+    """The number of each row's bin; the first and the last one are open towards the outside.
 
     Compared in float32: 0.7 then lies in the bin that the edge 0.7 opens whether it came as float32, as float64 or as
     the float64 7 * 0.1, which are three numbers.
     """
-    edges = _edges(sure, n_bins, strategy)
     inner, single = edges[1:-1].astype(np.float32), sure.astype(np.float32)
     if len(edges) > _FEW_BINS:
-        return edges, np.searchsorted(inner, single, side="right")
+        return np.searchsorted(inner, single, side="right")
     bins = np.zeros(len(sure), dtype=np.uint8)
     for edge in inner:
         bins += single >= edge
-    return edges, bins.astype(np.int64)
+    return bins.astype(np.int64)
 
 
 def _edges(sure: Floats, n_bins: int | ArrayLike, strategy: Strategy) -> Floats:
