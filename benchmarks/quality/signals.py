@@ -76,7 +76,7 @@ def head_logits(
 
 
 @torch.no_grad()
-def order_preserving_logits(head: SigmoidHead, states: HiddenStateDataset, lm_head: LMHead) -> Floats:
+def order_preserving_logs(head: SigmoidHead, states: HiddenStateDataset, lm_head: LMHead) -> Floats:
     """Logs [N] of :func:`pyqe.functional.order_preserving` of the head's probabilities, for one token of each row.
 
     A single token's needs no sorted vocabulary: the minimum over all tokens that the LM prefers is enough.

@@ -128,7 +128,7 @@ def train(recipe: Recipe, data: TrainingData, lm: LanguageModel) -> tuple[Sigmoi
         rows, order = order[: recipe.rows], order[recipe.rows :]
         optimizer.zero_grad(set_to_none=True)
         loss = step_loss(head, rows)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
