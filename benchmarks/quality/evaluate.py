@@ -17,7 +17,6 @@ from benchmarks.quality.tasks import RIGHT, SPLITS, UNJUDGED, WRONG, Task
 from pyqe.metrics import average_precision, brier_score, expected_calibration_error
 
 Bools = NDArray[np.bool_]
-Integers = NDArray[np.int64]
 
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)
@@ -167,7 +166,7 @@ class Evaluation:
 
     Attributes:
         figures: by split and name.
-        replicates: of the headline figures on the resamples, by split and name, [RESAMPLES].
+        replicates: of figures that get an interval, on the resamples, by split but dev and name, [RESAMPLES].
         aggregation: the one with the best Pearson correlation on dev, which "DA Pearson" is of.
     """
 
@@ -189,38 +188,41 @@ def evaluate(task: Judgements, logs: Floats) -> Evaluation:
     if task.has_sentence_judgements:
         result.aggregation = best_aggregation(task, logs)
     for split in task.splits:  # dev is the first: thresholds come from it
-        figures, replicates = _pair_figures(task, words, split) if task.paired else ({}, {})
         kept = task.words(split)
         right, scores = task.bad[kept] == RIGHT, words[kept]
-        weights = _weights(task, split)
-        columns = weights[:, _unit_columns(task, split)[task.word_sentence[kept]]]
-        figures["AUROC"] = float(weighted_auroc(right, scores, np.ones((1, len(right))))[0])
-        replicates["AUROC"] = weighted_auroc(right, scores, columns)
-        if not task.paired:
+        figures = {"AUROC": float(weighted_auroc(right, scores, np.ones((1, len(right))))[0])}
+        if task.paired:
+            figures["accuracy"] = float(_pair_wins(task, words, split).mean())
+        else:
             figures |= _detection(right, scores, thresholds)
         if result.aggregation is not None:
-            more, replicated = _sentence_figures(task, logs, split, result.aggregation, weights)
-            figures, replicates = figures | more, replicates | replicated
-        result.figures[split], result.replicates[split] = figures, replicates
+            figures |= _sentence_figures(task, logs, split, result.aggregation)
+        result.figures[split] = figures
+        if split != "dev":
+            result.replicates[split] = _replicates(task, logs, split, result.aggregation)
     return result
 
 
-def _unit_columns(task: Judgements, split: str) -> Integers:
-    """[sentences]: number of each sentence's unit among those of the split."""
-    units = np.unique(task.unit[task.split == split])
-    return np.searchsorted(units, task.unit)
+def _replicates(task: Judgements, logs: Floats, split: str, aggregation: str | None) -> dict[str, Floats]:
+    rows, words, kept = task.split == split, task.word_scores(logs), task.words(split)
+    units = np.unique(task.unit[rows])
+    weights = resamples(len(units))
+    columns = weights[:, np.searchsorted(units, task.unit[task.word_sentence[kept]])]
+    result = {"AUROC": weighted_auroc(task.bad[kept] == RIGHT, words[kept], columns)}
+    if task.paired:
+        result["accuracy"] = weights @ _pair_wins(task, words, split) / weights.sum(1)
+    if aggregation is not None:
+        for name in AGGREGATIONS:
+            scores = task.sentence_scores(logs, name)[rows]
+            result[f"DA Pearson, {name}"] = weighted_pearson(scores, task.da[rows], weights)
+        result["DA Pearson"] = result[f"DA Pearson, {aggregation}"]
+    return result
 
 
-def _weights(task: Judgements, split: str) -> Floats:
-    return resamples(len(np.unique(task.unit[task.split == split])))
-
-
-def _pair_figures(task: Judgements, words: Floats, split: str) -> tuple[dict[str, float], dict[str, Floats]]:
-    """How often the right one of a pair has the higher score."""
+def _pair_wins(task: Judgements, words: Floats, split: str) -> Floats:
+    """[pairs]: 1 where the right one has the higher score, a half where both have the same."""
     good, bad = words[task.judged].reshape(-1, 2)[task.split[::2] == split].T
-    wins = (good > bad) + 0.5 * (good == bad)
-    weights = _weights(task, split)
-    return {"accuracy": float(wins.mean())}, {"accuracy": weights @ wins / weights.sum(1)}
+    return (good > bad) + 0.5 * (good == bad)
 
 
 def _detection(right: Bools, scores: Floats, thresholds: dict[str, float]) -> dict[str, float]:
@@ -263,9 +265,7 @@ def best_aggregation(task: Judgements, logs: Floats) -> str:
     return max(found, key=lambda name: found[name])
 
 
-def _sentence_figures(
-    task: Judgements, logs: Floats, split: str, chosen: str, weights: Floats
-) -> tuple[dict[str, float], dict[str, Floats]]:
+def _sentence_figures(task: Judgements, logs: Floats, split: str, chosen: str) -> dict[str, float]:
     kept = task.split == split
     judged = {"DA": task.da[kept], "HTER": -task.hter[kept]}  # less editing is better
     figures: dict[str, float] = {}
@@ -274,9 +274,7 @@ def _sentence_figures(
         for kind, truth in judged.items():
             figures[f"{kind} Pearson, {name}"] = pearson(scores, truth)
             figures[f"{kind} Spearman, {name}"] = pearson(rankdata(scores), rankdata(truth))
-    figures["DA Pearson"] = figures[f"DA Pearson, {chosen}"]
-    scores = task.sentence_scores(logs, chosen)[kept]
-    return figures, {"DA Pearson": weighted_pearson(scores, judged["DA"], weights)}
+    return {**figures, "DA Pearson": figures[f"DA Pearson, {chosen}"]}
 
 
 def pearson(x: Floats, y: Floats) -> float:

@@ -55,6 +55,7 @@ def _signals(signals: Mapping[str, Any]) -> Figure:
         axes.set_yticks(range(len(labels)) if labels else [], labels)
         axes.set_title(f"{task}, {kind}")
         axes.grid(alpha=0.3)
+        axes.locator_params(axis="x", nbins=5)
     figure.supxlabel("difference to the softmax probability, 95 % interval")
     return figure
 

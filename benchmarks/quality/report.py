@@ -127,7 +127,7 @@ def _signal_tables(results: dict[str, Any], pictures: Mapping[str, str]) -> list
     lines = ["## Signals", "", f"![differences to the softmax probability]({pictures['signals']})", ""]
     for split, keys in (("test", HEADLINES), ("et-en", (("mlqe", "AUROC"), ("mlqe", "DA Pearson")))):
         rows = [
-            [name, *(_with_interval(tasks[task]["differences"][split][figure]) for task, figure in keys)]
+            [name, *(_cell(tasks[task], split, figure) for task, figure in keys)]
             for name, tasks in results["signals"].items()
         ]
         lines += [f"On {split}:", "", *_table(["signal", *(_TITLES[key] for key in keys)], rows)]
@@ -150,9 +150,9 @@ def _sentence_tables(results: dict[str, Any]) -> list[str]:
     for kind in ("DA Pearson", "DA Spearman", "HTER Pearson", "HTER Spearman"):
         rows = []
         for signal, tasks in results["signals"].items():
-            figures_of = tasks["mlqe"]["figures"]["test"]
-            rows.append([signal, *(_number(figures_of[f"{kind}, {name}"]) for name in AGGREGATIONS)])
-            rows[-1].append(str(tasks["mlqe"]["aggregation"]))
+            found = tasks["mlqe"]
+            cells = [_cell(found, "test", f"{kind}, {name}") for name in AGGREGATIONS]
+            rows.append([signal, *cells, str(found["aggregation"])])
         sign = " (of the negative)" if kind.startswith("HTER") else ""
         lines += [f"{kind}{sign}, test:", "", *_table(["signal", *AGGREGATIONS, "best on dev"], rows)]
     return lines
@@ -176,8 +176,13 @@ def _translator_table(results: dict[str, Any]) -> list[str]:
 
 
 def _recipe_tables(results: dict[str, Any], pictures: Mapping[str, str]) -> list[str]:
-    lines = ["## Recipes", "", "Each differs from the chosen one in one thing. Gain: mean of the first four columns'"]
-    lines += [f"difference to the {REFERENCE}.", "", f"![rank and AUROC]({pictures['rank']})", ""]
+    lines = ["## Recipes", "", "Each differs from the chosen one in one thing. Gain: mean difference of"]
+    lines += [
+        f"{'; '.join(_TITLES[key] for key in DECIDING)} to the {REFERENCE}.",
+        "",
+        f"![rank and AUROC]({pictures['rank']})",
+        "",
+    ]
     for split in ("dev", "test"):
         header = ["group", "recipe", "parameters", "loss", "gain", *(_TITLES[key] for key in HEADLINES)]
         rows = [
@@ -187,7 +192,7 @@ def _recipe_tables(results: dict[str, Any], pictures: Mapping[str, str]) -> list
                 f"{row['training']['parameters']:,}",
                 _number(row["training"]["last_loss"]),
                 f"{row['gain'][split]:+.3f}",
-                *(_with_interval(row["tasks"][task]["differences"][split][x]) for task, x in HEADLINES),
+                *(_cell(row["tasks"][task], split, figure) for task, figure in HEADLINES),
             ]
             for row in results["recipes"]
         ]
@@ -242,11 +247,13 @@ def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 
-def _with_interval(found: Mapping[str, float]) -> str:
-    """The figure and its difference; none to itself."""
-    if found["low"] == found["high"] == 0:
-        return _number(found["value"])
-    return f"{_number(found['value'])} ({found['difference']:+.3f}, {found['low']:+.3f} to {found['high']:+.3f})"
+def _cell(task: Mapping[str, Any], split: str, figure: str) -> str:
+    """A figure, with its difference and interval where there is one; the softmax probability has none to itself."""
+    found = task["differences"].get(split, {}).get(figure)
+    value = _number(task["figures"][split][figure])
+    if found is None or found["low"] == found["high"] == 0:
+        return value
+    return f"{value} ({found['difference']:+.3f}, {found['low']:+.3f} to {found['high']:+.3f})"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -72,7 +72,8 @@ def detokenize(words: Sequence[str]) -> str:
         >>> detokenize(["I", "ca", "n't", ",", "she", "said", "."])
         "I can't, she said."
     """
-    return str(_detokenizer().detokenize(list(words)))
+    text = str(_detokenizer().detokenize(list(words)))
+    return text.replace(" n't", "n't")  # which it does not know
 
 
 def word_spans(words: Sequence[str], text: str) -> list[tuple[int, int]]:
