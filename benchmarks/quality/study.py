@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.quality import ambiguity, evaluate, signals
@@ -80,8 +82,8 @@ class Prepared:
     def states(self) -> dict[str, HiddenStateDataset]:
         return {name: self.cache.states(name, sequences) for name, sequences in self.sequences.items()}
 
-    def layer_states(self, layer: int) -> dict[str, HiddenStateDataset]:
-        return {name: self.cache.states(f"{name}-l{layer}", found, layer) for name, found in self.sequences.items()}
+    def layer_states(self, layer: int) -> dict[str, Tensor]:
+        return {name: self.cache.layer_states(name, found, layer) for name, found in self.sequences.items()}
 
     @cached_property
     def key(self) -> str:
@@ -148,9 +150,11 @@ class Study:
         states = mixture(self.text_states, recipe)
         if recipe.layer is None:
             return TrainingData(states)
-        sequences = {name: enough(self.text_sequences[name], tokens) for name, tokens in recipe.text if tokens}
-        layers = {name: self.cache.states(f"{name}-l{recipe.layer}", x, recipe.layer) for name, x in sequences.items()}
-        return TrainingData(states, mixture(layers, recipe).hidden)
+        layers = []
+        for name, tokens in ((name, tokens) for name, tokens in recipe.text if tokens):
+            sequences = enough(self.text_sequences[name], tokens)
+            layers.append(self.cache.layer_states(name, sequences, recipe.layer)[:tokens])
+        return TrainingData(states, torch.cat(layers))
 
     def trained(self, recipe: Recipe) -> Trained:
         """The head of a recipe, trained now or before."""
@@ -166,9 +170,8 @@ class Study:
 
     def _logits(self, head: SigmoidHead, recipe: Recipe) -> Logs:
         layers = {} if recipe.layer is None else self.prepared.layer_states(recipe.layer)
-        hidden = {name: states.hidden for name, states in layers.items()}
         return {
-            name: signals.head_logits(head, states, self.lm.head, layer_hidden=hidden.get(name))
+            name: signals.head_logits(head, states, self.lm.head, layer_hidden=layers.get(name))
             for name, states in self.prepared.states.items()
         }
 
@@ -327,8 +330,6 @@ def _calibrated(right: Any, probs: Floats) -> dict[str, Any]:
 
 def _held_out_pairs(study: Study, chosen: Trained) -> tuple[Any, Floats]:
     """References and sampled negatives, as in training."""
-    import torch
-
     states = study.held_out
     generator = torch.Generator().manual_seed(_SEED)
     drawn = study.lm.head.sample_negatives(states.hidden, states.labels, _sampler(study), generator)
