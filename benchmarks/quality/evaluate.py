@@ -89,6 +89,15 @@ class Judgements:
         """Which words are judged and in the split."""
         return self.judged & (self.split == split)[self.word_sentence]
 
+    def sentence_weights(self, split: str) -> Floats:
+        """[RESAMPLES, units of the split]: how often each sentence (pair) is drawn."""
+        return resamples(len(np.unique(self.unit[self.split == split])))
+
+    def word_weights(self, split: str) -> Floats:
+        """[RESAMPLES, judged words of the split]."""
+        units = np.unique(self.unit[self.split == split])
+        return self.sentence_weights(split)[:, np.searchsorted(units, self.unit[self.word_sentence[self.words(split)]])]
+
     def word_scores(self, logs: Floats) -> Floats:
         """[words]: the lowest score of the tokens that end in the word; inf where none does."""
         scores = np.full(len(self.bad), np.inf)
@@ -205,10 +214,8 @@ def evaluate(task: Judgements, logs: Floats) -> Evaluation:
 
 def _replicates(task: Judgements, logs: Floats, split: str, aggregation: str | None) -> dict[str, Floats]:
     rows, words, kept = task.split == split, task.word_scores(logs), task.words(split)
-    units = np.unique(task.unit[rows])
-    weights = resamples(len(units))
-    columns = weights[:, np.searchsorted(units, task.unit[task.word_sentence[kept]])]
-    result = {"AUROC": weighted_auroc(task.bad[kept] == RIGHT, words[kept], columns)}
+    weights = task.sentence_weights(split)
+    result = {"AUROC": weighted_auroc(task.bad[kept] == RIGHT, words[kept], task.word_weights(split))}
     if task.paired:
         result["accuracy"] = weights @ _pair_wins(task, words, split) / weights.sum(1)
     if aggregation is not None:
@@ -355,3 +362,14 @@ def word_calibration(task: Judgements, logs: Floats, split: str) -> tuple[Bools,
     """Whether each judged word is right, and the probability that the signal gives it."""
     kept = task.words(split)
     return task.bad[kept] == RIGHT, np.exp(task.word_scores(logs)[kept])
+
+
+def brier_difference(task: Judgements, ours: Floats, theirs: Floats, split: str) -> Difference:
+    """Brier score of the words by one signal's logs, and by how much it exceeds another's: below 0 is better."""
+    errors = []
+    for logs in (ours, theirs):
+        right, probs = word_calibration(task, logs, split)
+        errors.append((probs - right) ** 2)
+    weights = task.word_weights(split)
+    replicates = weights @ (errors[0] - errors[1]) / weights.sum(1)
+    return Difference(float(errors[0].mean()), float((errors[0] - errors[1]).mean()), *interval(replicates))

@@ -10,52 +10,58 @@ from dataclasses import replace
 
 from benchmarks.quality.train import Recipe
 
-CHOSEN = Recipe(text=(("postedits", 150_000),))
+CHOSEN = Recipe()
+SMALL = replace(CHOSEN, text=(("postedits", 100_000),), epochs=2.0)  # what one thing is changed of: a third of the text
 
-# The authors' own, word for word: a copy of the unembedding, without scale and shift that could move.
-LITERAL = Recipe(kind="full", start=(1.0, 0.0), lr=1e-4, scale_lr=0.0, epochs=3.0)
-
-_MANY = 500_000  # tokens: all there are of post-edits
+# The authors' own: a copy of the unembedding, without scale and shift that could move.
+LITERAL = replace(
+    SMALL, kind="full", start=(1.0, 0.0), lr=1e-4, scale_lr=0.0, epochs=3.0, temperature=2.0, exclude="jump:first"
+)
 
 _GROUPS: dict[str, dict[str, Recipe]] = {
+    "small": {"a third of the text, twice": SMALL},
     "head": {
-        "full": replace(CHOSEN, kind="full", lr=3e-4),
-        "rescaling": replace(CHOSEN, kind="rescaling"),
-        "rescaling of the logit": replace(CHOSEN, kind="rescaling", base="logit"),
         "literal recipe of the authors": LITERAL,
+        "full": replace(SMALL, kind="full"),
+        "full, lr 1e-3": replace(SMALL, kind="full", lr=1e-3),
+        "full, the authors' negatives": replace(SMALL, kind="full", temperature=2.0, exclude="jump:first"),
+        "rescaling": replace(SMALL, kind="rescaling"),
+        "rescaling of the logit": replace(SMALL, kind="rescaling", base="logit"),
+        "low-rank on the logit": replace(SMALL, base="logit"),
+        "no bias of tokens": replace(SMALL, token_bias=False),
+        "starts at scale 1": replace(SMALL, start=(1.0, 3.0)),
+        "reads layer 20 of 30": replace(SMALL, layer=20),
     },
-    "base": {"logit": replace(CHOSEN, base="logit")},
-    "rank": {f"rank {rank}": replace(CHOSEN, rank=rank) for rank in (1, 4, 8, 16, 64, 128, 256)},
+    "rank": {f"rank {rank}": replace(SMALL, rank=rank) for rank in (1, 4, 8, 16, 64, 256)},
     "source": {
-        "softmax": replace(CHOSEN, sources=("softmax",)),
-        "unigram": replace(CHOSEN, sources=("unigram",)),
-        "uniform": replace(CHOSEN, sources=("uniform",)),
-        "uniform and softmax": replace(CHOSEN, sources=("uniform", "softmax")),
-        "mixture of unigram and softmax": replace(CHOSEN, combination="mixture"),
-        "product of unigram and softmax": replace(CHOSEN, combination="product"),
+        "softmax": replace(SMALL, sources=("softmax",)),
+        "unigram": replace(SMALL, sources=("unigram",)),
+        "uniform": replace(SMALL, sources=("uniform",)),
+        "uniform and softmax": replace(SMALL, sources=("uniform", "softmax")),
+        "mixture of unigram and softmax": replace(SMALL, combination="mixture"),
+        "product of unigram and softmax": replace(SMALL, combination="product"),
     },
-    "temperature": {f"T {t:g}": replace(CHOSEN, temperature=t) for t in (1.0, 4.0)},
+    "temperature": {f"T {t:g}": replace(SMALL, temperature=t) for t in (0.7, 1.5, 2.0, 4.0)},
     "exclusion": {
-        "nothing": replace(CHOSEN, exclude=None),
-        "last cut": replace(CHOSEN, exclude="jump:last"),
-        "top 5": replace(CHOSEN, exclude="top_k:5"),
-        "nothing, T 1": replace(CHOSEN, exclude=None, temperature=1.0),
+        "last cut": replace(SMALL, exclude="jump:last"),
+        "nothing": replace(SMALL, exclude=None),
+        "first cut, T 2 (the authors')": replace(SMALL, exclude="jump:first", temperature=2.0),
+        "last cut, T 2": replace(SMALL, exclude="jump:last", temperature=2.0),
+        "nothing, T 2": replace(SMALL, exclude=None, temperature=2.0),
     },
-    "negatives": {f"{n} negatives": replace(CHOSEN, num_negatives=n) for n in (2, 4, 20, 50)},
+    "negatives": {f"{n} negatives": replace(SMALL, num_negatives=n) for n in (2, 5, 20)},
     "loss": {
-        "whole vocabulary": replace(CHOSEN, loss="vocabulary"),
-        "whole vocabulary, nothing excluded": replace(CHOSEN, loss="vocabulary", exclude=None),
-        "ranking term": replace(CHOSEN, ranking_weight=1.0),
-        "balanced": replace(CHOSEN, pos_weight="balance"),
+        "whole vocabulary": replace(SMALL, loss="vocabulary", epochs=1.0),
+        "ranking term": replace(SMALL, ranking_weight=1.0),
+        "balanced": replace(SMALL, pos_weight="balance"),
+        "distilled from BoostedProb": replace(SMALL, distil=0.5),
     },
-    "learning rate": {f"lr {lr:g}": replace(CHOSEN, lr=lr) for lr in (1e-4, 3e-4, 3e-3)},
-    "epochs": {f"{epochs:g} epochs": replace(CHOSEN, epochs=epochs) for epochs in (1.0, 4.0)},
+    "learning rate": {f"lr {lr:g}": replace(SMALL, lr=lr) for lr in (1e-4, 1e-3, 3e-3)},
     "text": {
-        "50 k tokens": replace(CHOSEN, text=(("postedits", 50_000),)),
-        "300 k tokens": replace(CHOSEN, text=(("postedits", 300_000),)),
-        "all post-edits": replace(CHOSEN, text=(("postedits", _MANY),)),
-        "novels": replace(CHOSEN, text=(("novels", 150_000),)),
-        "half post-edits, half novels": replace(CHOSEN, text=(("postedits", 75_000), ("novels", 75_000))),
+        "30 k tokens": replace(SMALL, text=(("postedits", 30_000),), epochs=4.0),
+        "novels": replace(SMALL, text=(("novels", 100_000),)),
+        "half post-edits, half novels": replace(SMALL, text=(("postedits", 50_000), ("novels", 50_000))),
+        "post-edits and novels, 400 k": replace(CHOSEN, text=(("postedits", 300_000), ("novels", 100_000))),
     },
 }
 

@@ -68,7 +68,6 @@ def _lines(results: dict[str, Any], pictures: Mapping[str, str]) -> list[str]:
 
 def _introduction(results: dict[str, Any]) -> list[str]:
     setting, machine, speed = results["setting"], results["machine"], results["throughput"]
-    ratio = speed["states, tokens a second"] / speed["training, tokens a second"]
     texts = ", ".join(f"{tokens:,} of {name}" for name, tokens in results["data"]["training tokens"].items())
     limited = (
         [] if setting["limit"] is None else [f"**Quick pass with {setting['limit']} sentences of each file.**", ""]
@@ -87,9 +86,9 @@ def _introduction(results: dict[str, Any]) -> list[str]:
         f"Machine: {machine['processor']}, {machine['cpu']['torch_threads']} threads; torch "
         f"{machine['packages']['torch']}, pyqe {machine['pyqe']}.",
         "",
-        f"Training text in tokens, at most: {texts}. Hidden states: {speed['states, tokens a second']:,.0f} tokens a "
-        f"second; training on them by the chosen recipe: {speed['training, tokens a second']:,.0f}, that is "
-        f"{100 * ratio:.1f} % on top of each pass over the text.",
+        f"Training text in tokens, at most: {texts}. The model's forward pass runs at {speed['forward']:,.0f} tokens a",
+        f"second; training the chosen head from token ids at {speed['training']:,.0f}, {speed['share']:.2f} times as "
+        "long (medians of interleaved rounds).",
         "",
         "A word's score is the lowest of the tokens that end in it. Recipes, thresholds, aggregations and weights are",
         f"chosen on dev. Differences are to the {REFERENCE}, with a 95 % interval by {RESAMPLES:,} paired bootstrap "
@@ -203,7 +202,7 @@ def _recipe_tables(results: dict[str, Any], pictures: Mapping[str, str]) -> list
 def _calibration_table(results: dict[str, Any], pictures: Mapping[str, str]) -> list[str]:
     keys = ("ECE", "Brier", "mean probability", "share right")
     rows = [
-        [of, name, f"{found['n']:,}", *(_number(found[key]) for key in keys)]
+        [of, name, f"{found['n']:,}", *(_number(found[key]) for key in keys), _interval(found.get("Brier difference"))]
         for of, signals in results["calibration"].items()
         for name, found in signals.items()
     ]
@@ -212,7 +211,7 @@ def _calibration_table(results: dict[str, Any], pictures: Mapping[str, str]) -> 
         "",
         f"Held-out text: references and negatives sampled as in training. ECE with {BINS} bins of equal width.",
         "",
-        *_table(["of", "signal", "n", *keys], rows),
+        *_table(["of", "signal", "n", *keys, "Brier difference"], rows),
         f"![reliability]({pictures['reliability']})",
         "",
     ]
@@ -254,6 +253,10 @@ def _cell(task: Mapping[str, Any], split: str, figure: str) -> str:
     if found is None or found["low"] == found["high"] == 0:
         return value
     return f"{value} ({found['difference']:+.3f}, {found['low']:+.3f} to {found['high']:+.3f})"
+
+
+def _interval(found: Mapping[str, float] | None) -> str:
+    return "" if found is None else f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,20 +98,10 @@ class StateCache:
                 key = hashed([self.lm.name, str(self.lm.model.dtype), self.lm.context_id, layer, part])
                 paths.append(self.folder / f"{name}-{start // PART:02d}-{key}.safetensors")
                 if not paths[-1].exists():
-                    self._compute(paths[-1], part, layer)
+                    compute(self.lm, part, layer).save(paths[-1])
                 bar.update(sum(map(len, part)))
         return paths
 
-    def _compute(self, path: Path, sequences: Sequence[list[int]], layer: int | None) -> None:
-        start = time.perf_counter()
-        states = compute(self.lm, sequences, layer)
-        write_json(path.with_suffix(".json"), {"tokens": len(states.labels), "seconds": time.perf_counter() - start})
-        states.save(path)
-
-    def tokens_per_second(self) -> float:
-        """Of all states that were computed for this folder."""
-        rates = [read_json(path) for path in self.folder.glob("*.json")]
-        return float(sum(rate["tokens"] for rate in rates) / sum(rate["seconds"] for rate in rates))
 
 
 def compute(lm: LanguageModel, sequences: Sequence[list[int]], layer: int | None = None) -> HiddenStateDataset:

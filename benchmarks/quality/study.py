@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.quality import ambiguity, evaluate, signals
+from benchmarks.quality import ambiguity, evaluate, signals, throughput
 from benchmarks.quality.evaluate import Evaluation, Judgements
 from benchmarks.quality.signals import Floats
 from benchmarks.quality.states import (
@@ -218,10 +218,7 @@ def run(lm: LanguageModel, settings: Settings, table: Table) -> dict[str, Any]:
         },
         "calibration": calibration(study, chosen, logs),
         "ambiguity": ambiguity_rows(study, chosen),
-        "throughput": {
-            "states, tokens a second": study.cache.tokens_per_second(),
-            "training, tokens a second": chosen.facts["tokens_per_second"],
-        },
+        "throughput": throughput.measure(lm, study.chosen, study.texts.held_out_texts),
     }
 
 
@@ -318,6 +315,8 @@ def calibration(study: Study, chosen: Trained, logs: Mapping[str, Logs]) -> dict
             for name, found in logs.items()
             if name in (HEAD, REFERENCE)
         }
+        difference = evaluate.brier_difference(judged, logs[HEAD][task], logs[REFERENCE][task], "test")
+        result[f"words of {task}"][HEAD]["Brier difference"] = asdict(difference)
     return result
 
 

@@ -29,12 +29,14 @@ class Recipe:
 
     Attributes:
         kind, rank, base: of the head; rank and base where the kind has them.
+        token_bias: whether a low-rank head learns a bias of each token.
         start: scale and shift to begin with; None: pyqe's.
         loss: with sampled negatives, or with the whole vocabulary.
         sources, num_negatives, counts, combination, temperature: of the sampler.
         exclude: rule of the tokens that are never negatives, as text; None: there are none.
         ranking_weight: of the ranking term.
         pos_weight: of the positives.
+        distil: weight of a term that gives other dominant tokens their BoostedProb as a label.
         lr: at its highest, after 20 steps; a cosine down to 0.
         scale_lr: the same for scale and shift, which move further.
         epochs: over the text.
@@ -45,21 +47,23 @@ class Recipe:
     """
 
     kind: Kind = "low_rank"
-    rank: int = 32
+    rank: int = 24
     base: Base = "logprob"
+    token_bias: bool = True
     start: tuple[float, float] | None = None
     loss: Literal["sampled", "vocabulary"] = "sampled"
     sources: tuple[Source, ...] = ("unigram", "softmax")
     num_negatives: int = 10
     counts: tuple[int, ...] | None = None
     combination: Combination = "independent"
-    temperature: float = 2.0
+    temperature: float = 1.0
     exclude: str | None = "jump:first"
     ranking_weight: float = 0.0
     pos_weight: float | Literal["balance"] = 1.0
-    lr: float = 1e-3
-    scale_lr: float = 1e-2
-    epochs: float = 2.0
+    distil: float = 0.0
+    lr: float = 3e-4
+    scale_lr: float = 1e-3
+    epochs: float = 1.0
     rows: int = 1024
     text: tuple[tuple[str, int], ...] = (("postedits", 300_000),)
     layer: int | None = None
@@ -149,7 +153,8 @@ def train(recipe: Recipe, data: TrainingData, lm: LanguageModel) -> tuple[Sigmoi
 
 def _optimizer(head: SigmoidHead, recipe: Recipe, steps: int) -> tuple[RowAdam, torch.optim.lr_scheduler.LambdaLR]:
     affine = [head.scale, head.shift]
-    rest = [parameter for name, parameter in head.named_parameters() if name not in ("scale", "shift")]
+    fixed = {"scale", "shift"} | (set() if recipe.token_bias else {"token_bias"})
+    rest = [parameter for name, parameter in head.named_parameters() if name not in fixed]
     groups: list[dict[str, Any]] = [{"params": affine, "lr": recipe.scale_lr}]
     optimizer = RowAdam(groups + ([{"params": rest}] if rest else []), lr=recipe.lr)
 
@@ -163,7 +168,7 @@ class _StepLoss:
     """The loss of some of the positions."""
 
     def __init__(self, recipe: Recipe, data: TrainingData, lm: LanguageModel) -> None:
-        self.data, self.lm_head = data, lm.head
+        self.data, self.lm_head, self.distil = data, lm.head, recipe.distil
         self.generator = torch.Generator().manual_seed(recipe.seed)
         negatives = None
         if recipe.loss == "sampled":
@@ -183,7 +188,22 @@ class _StepLoss:
         hidden, targets, logsumexp = states.hidden[rows], states.labels[rows], states.logsumexp[rows]
         if self.data.layer_hidden is not None:
             return self._of_layer(head, self.data.layer_hidden[rows], hidden, targets, logsumexp)
-        return self.loss(head, hidden, targets, self.lm_head, logsumexp=logsumexp, generator=self.generator)
+        loss = self.loss(head, hidden, targets, self.lm_head, logsumexp=logsumexp, generator=self.generator)
+        if self.distil:
+            loss = loss + self.distil * self._distilled(head, hidden, targets, logsumexp)
+        return loss
+
+    def _distilled(self, head: SigmoidHead, hidden: Tensor, targets: Tensor, logsumexp: Tensor) -> Tensor:
+        """Cross-entropy with BoostedProb, the dominant tokens' total probability, as the label of each of them."""
+        dominant = self.lm_head.softmax_stats(hidden, dominant=pyqe.DominantRule.jump("first")).dominant
+        assert dominant is not None
+        ids = dominant.ids[:, : max(int(dominant.size.max()), 1)]
+        others = (ids >= 0) & (ids != targets[:, None])
+        ids = torch.where(others, ids, targets[:, None])
+        logits = head(hidden, ids, head.base_of(hidden, ids, self.lm_head, logsumexp))
+        labels = dominant.mass[:, None].clamp(0, 1).expand_as(logits)
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return (losses * others).sum() / others.sum().clamp(min=1)
 
     def _of_layer(self, head: SigmoidHead, layer: Tensor, hidden: Tensor, targets: Tensor, logsumexp: Tensor) -> Tensor:
         """The sampled loss of a head that reads one layer and whose negatives and base come from the last."""
