@@ -151,13 +151,15 @@ def test_combination_that_keeps_the_order(lm: LanguageModel, smollm2_head: Any) 
 # --- evaluation
 
 
-def test_weighted_auroc_is_that_of_scikit_learn() -> None:
+def test_resampled_auroc_is_that_of_scikit_learn() -> None:
     generator = np.random.default_rng(0)
     right = generator.random(200) < 0.7
     scores = generator.integers(0, 20, 200) / 4  # many ties
-    weights = generator.integers(0, 4, (250, 200)).astype(float)
-    expected = [roc_auc_score(right, scores, sample_weight=row) for row in weights]
-    np.testing.assert_allclose(evaluate.weighted_auroc(right, scores, weights), expected, rtol=1e-12)
+    unit = np.sort(generator.integers(0, 40, 200))
+    weights = generator.integers(0, 4, (25, 40)).astype(float)
+    expected = [roc_auc_score(right, scores, sample_weight=row[unit]) for row in weights]
+    np.testing.assert_allclose(evaluate.resampled_auroc(right, scores, unit, weights), expected, rtol=1e-12)
+    assert evaluate.auroc(right, scores) == pytest.approx(roc_auc_score(right, scores), rel=1e-12)
 
 
 def test_weighted_pearson_is_that_of_repeated_rows() -> None:

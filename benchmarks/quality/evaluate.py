@@ -21,7 +21,6 @@ Bools = NDArray[np.bool_]
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)
 BINS = 15
-_CHUNK = 100  # resamples in one go
 _SURE = -1e-9  # a logarithm closer to 0 has no finite logit worth speaking of
 
 
@@ -93,10 +92,10 @@ class Judgements:
         """[RESAMPLES, units of the split]: how often each sentence (pair) is drawn."""
         return resamples(len(np.unique(self.unit[self.split == split])))
 
-    def word_weights(self, split: str) -> Floats:
-        """[RESAMPLES, judged words of the split]."""
+    def word_units(self, split: str) -> NDArray[np.int64]:
+        """[judged words of the split]: the column of those weights."""
         units = np.unique(self.unit[self.split == split])
-        return self.sentence_weights(split)[:, np.searchsorted(units, self.unit[self.word_sentence[self.words(split)]])]
+        return np.searchsorted(units, self.unit[self.word_sentence[self.words(split)]])
 
     def word_scores(self, logs: Floats) -> Floats:
         """[words]: the lowest score of the tokens that end in the word; inf where none does."""
@@ -125,29 +124,36 @@ def resamples(units: int) -> Floats:
     return generator.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(np.float64)
 
 
-def weighted_auroc(right: Bools, scores: Floats, weights: Floats) -> Floats:
-    """AUROC for each row of weights; ties count half.
+def auroc(right: Bools, scores: Floats) -> float:
+    """Share of pairs of a right and a wrong one in which the right one has the higher score; ties count half."""
+    return float(resampled_auroc(right, scores, np.zeros(len(right), dtype=np.int64), np.ones((1, 1)))[0])
+
+
+def resampled_auroc(right: Bools, scores: Floats, unit: NDArray[np.int64], weights: Floats) -> Floats:
+    """AUROC for each row of weights: wins are counted once for each pair of units, then weighted.
 
     Args:
         right: [N].
         scores: [N].
-        weights: [R, N], not negative.
+        unit: [N], the column of weights that each belongs to, ascending.
+        weights: [R, units], not negative.
 
     Returns:
         [R], NaN where all that has weight is right, or wrong.
     """
-    order = np.argsort(scores, kind="stable")
-    right, scores = right[order], scores[order]
-    starts = np.flatnonzero(np.append(True, scores[1:] != scores[:-1]))
-    parts = []
-    for start in range(0, len(weights), _CHUNK):
-        part = weights[start : start + _CHUNK, order]
-        positive = np.add.reduceat(part * right, starts, axis=1)
-        negative = np.add.reduceat(part * ~right, starts, axis=1)
-        below = negative.cumsum(1) - negative / 2
-        with np.errstate(invalid="ignore"):
-            parts.append((positive * below).sum(1) / (positive.sum(1) * negative.sum(1)))
-    return np.concatenate(parts)
+    units = weights.shape[1]
+    wins = np.zeros((units, units))
+    present, starts = np.unique(unit[right], return_index=True)
+    wrong, wrong_unit = np.sort(scores[~right]), unit[~right][np.argsort(scores[~right], kind="stable")]
+    below = np.zeros((len(wrong) + 1, units), dtype=np.float32)  # wrong ones of each unit among the lowest
+    np.cumsum(np.eye(units, dtype=np.float32)[wrong_unit], axis=0, out=below[1:])
+    for side in ("left", "right"):  # ties are below on one side only
+        found = below[np.searchsorted(wrong, scores[right], side)]
+        wins[present] += np.add.reduceat(found, starts, axis=0, dtype=np.float64) / 2 if len(present) else 0
+    counts = [np.bincount(unit[kept], minlength=units) for kept in (right, ~right)]
+    pairs = (weights @ counts[0]) * (weights @ counts[1])
+    with np.errstate(invalid="ignore"):
+        return ((weights @ wins) * weights).sum(1) / pairs
 
 
 def weighted_pearson(x: Floats, y: Floats, weights: Floats) -> Floats:
@@ -199,7 +205,7 @@ def evaluate(task: Judgements, logs: Floats) -> Evaluation:
     for split in task.splits:  # dev is the first: thresholds come from it
         kept = task.words(split)
         right, scores = task.bad[kept] == RIGHT, words[kept]
-        figures = {"AUROC": float(weighted_auroc(right, scores, np.ones((1, len(right))))[0])}
+        figures = {"AUROC": auroc(right, scores)}
         if task.paired:
             figures["accuracy"] = float(_pair_wins(task, words, split).mean())
         else:
@@ -215,7 +221,7 @@ def evaluate(task: Judgements, logs: Floats) -> Evaluation:
 def _replicates(task: Judgements, logs: Floats, split: str, aggregation: str | None) -> dict[str, Floats]:
     rows, words, kept = task.split == split, task.word_scores(logs), task.words(split)
     weights = task.sentence_weights(split)
-    result = {"AUROC": weighted_auroc(task.bad[kept] == RIGHT, words[kept], task.word_weights(split))}
+    result = {"AUROC": resampled_auroc(task.bad[kept] == RIGHT, words[kept], task.word_units(split), weights)}
     if task.paired:
         result["accuracy"] = weights @ _pair_wins(task, words, split) / weights.sum(1)
     if aggregation is not None:
@@ -325,10 +331,7 @@ def beside_translator(task: Judgements, logs: Floats, aggregation: str) -> dict[
     for split in task.splits:
         chosen, rows = task.words(split) & kept, task.split == split
         right = task.bad[chosen] == RIGHT
-        result[split] = {
-            f"AUROC, {name}": float(weighted_auroc(right, scores[chosen], np.ones((1, len(right))))[0])
-            for name, scores in by_word.items()
-        }
+        result[split] = {f"AUROC, {name}": auroc(right, scores[chosen]) for name, scores in by_word.items()}
         for name, scores in by_sentence.items():
             result[split][f"DA Pearson, {name}"] = pearson(scores[rows], task.da[rows])
     return result
@@ -370,6 +373,6 @@ def brier_difference(task: Judgements, ours: Floats, theirs: Floats, split: str)
     for logs in (ours, theirs):
         right, probs = word_calibration(task, logs, split)
         errors.append((probs - right) ** 2)
-    weights = task.word_weights(split)
+    weights = task.sentence_weights(split)[:, task.word_units(split)]
     replicates = weights @ (errors[0] - errors[1]) / weights.sum(1)
     return Difference(float(errors[0].mean()), float((errors[0] - errors[1]).mean()), *interval(replicates))

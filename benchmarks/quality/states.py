@@ -103,7 +103,6 @@ class StateCache:
         return paths
 
 
-
 def compute(lm: LanguageModel, sequences: Sequence[list[int]], layer: int | None = None) -> HiddenStateDataset:
     """States of sequences, in their order; sequences of about one length run together, as padding costs time.
 
