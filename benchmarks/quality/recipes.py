@@ -20,6 +20,14 @@ LITERAL = replace(
 
 _GROUPS: dict[str, dict[str, Recipe]] = {
     "small": {"a third of the text, twice": SMALL},
+    "combined": {
+        "starts at scale 1, all of the text": replace(CHOSEN, start=(1.0, 3.0)),
+        "the same, a third novels": replace(
+            CHOSEN, start=(1.0, 3.0), text=(("postedits", 200_000), ("novels", 100_000))
+        ),
+        "the same, post-edits, nothing excluded": replace(CHOSEN, start=(1.0, 3.0), exclude=None),
+        "the same, post-edits, T 1.5": replace(CHOSEN, start=(1.0, 3.0), temperature=1.5),
+    },
     "head": {
         "literal recipe of the authors": LITERAL,
         "full": replace(SMALL, kind="full"),
@@ -32,29 +40,13 @@ _GROUPS: dict[str, dict[str, Recipe]] = {
         "starts at scale 1": replace(SMALL, start=(1.0, 3.0)),
         "reads layer 20 of 30": replace(SMALL, layer=20),
     },
-    "rank": {f"rank {rank}": replace(SMALL, rank=rank) for rank in (1, 4, 8, 16, 64, 256)},
-    "source": {
-        "softmax": replace(SMALL, sources=("softmax",)),
-        "unigram": replace(SMALL, sources=("unigram",)),
-        "uniform": replace(SMALL, sources=("uniform",)),
-        "uniform and softmax": replace(SMALL, sources=("uniform", "softmax")),
-        "mixture of unigram and softmax": replace(SMALL, combination="mixture"),
-        "product of unigram and softmax": replace(SMALL, combination="product"),
-    },
-    "temperature": {f"T {t:g}": replace(SMALL, temperature=t) for t in (0.7, 1.5, 2.0, 4.0)},
+    "temperature": {f"T {t:g}": replace(SMALL, temperature=t) for t in (0.7, 1.5, 4.0)},
     "exclusion": {
         "last cut": replace(SMALL, exclude="jump:last"),
         "nothing": replace(SMALL, exclude=None),
         "first cut, T 2 (the authors')": replace(SMALL, exclude="jump:first", temperature=2.0),
         "last cut, T 2": replace(SMALL, exclude="jump:last", temperature=2.0),
         "nothing, T 2": replace(SMALL, exclude=None, temperature=2.0),
-    },
-    "negatives": {f"{n} negatives": replace(SMALL, num_negatives=n) for n in (2, 5, 20)},
-    "loss": {
-        "whole vocabulary": replace(SMALL, loss="vocabulary", epochs=1.0),
-        "ranking term": replace(SMALL, ranking_weight=1.0),
-        "balanced": replace(SMALL, pos_weight="balance"),
-        "distilled from BoostedProb": replace(SMALL, distil=0.5),
     },
     "learning rate": {f"lr {lr:g}": replace(SMALL, lr=lr) for lr in (1e-4, 1e-3, 3e-3)},
     "text": {
@@ -63,6 +55,22 @@ _GROUPS: dict[str, dict[str, Recipe]] = {
         "half post-edits, half novels": replace(SMALL, text=(("postedits", 50_000), ("novels", 50_000))),
         "post-edits and novels, 400 k": replace(CHOSEN, text=(("postedits", 300_000), ("novels", 100_000))),
     },
+    "source": {
+        "softmax": replace(SMALL, sources=("softmax",)),
+        "unigram": replace(SMALL, sources=("unigram",)),
+        "uniform": replace(SMALL, sources=("uniform",)),
+        "uniform and softmax": replace(SMALL, sources=("uniform", "softmax")),
+        "mixture of unigram and softmax": replace(SMALL, combination="mixture"),
+        "product of unigram and softmax": replace(SMALL, combination="product"),
+    },
+    "loss": {
+        "whole vocabulary": replace(SMALL, loss="vocabulary", epochs=1.0),
+        "ranking term": replace(SMALL, ranking_weight=1.0),
+        "balanced": replace(SMALL, pos_weight="balance"),
+        "distilled from BoostedProb": replace(SMALL, distil=0.5),
+    },
+    "negatives": {f"{n} negatives": replace(SMALL, num_negatives=n) for n in (2, 5, 20)},
+    "rank": {f"rank {rank}": replace(SMALL, rank=rank) for rank in (1, 4, 8, 16, 64, 256)},
 }
 
 
