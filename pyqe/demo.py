@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyqe.heads import SigmoidHead
 
 LM_NAME = "SmolLM2-135M-Instruct"
-TOKENS, BLOCK_SIZE, RANK, EPOCHS, LEARNING_RATE = 16_000, 256, 32, 3, 1e-3
+TOKENS, BLOCK_SIZE, EPOCHS, LEARNING_RATE = 16_000, 256, 3, 1e-3
 SHOWN = ("prob", "entropy", "boosted_prob", "quality")
 
 Say = Callable[[str], None]
@@ -112,7 +112,7 @@ def train_head(model: Any, tokenizer: Any, folder: Path, say: Say) -> SigmoidHea
         states = HiddenStateDataset.compute(model, text, on_progress=bar.update)
     train, held_out = states.split(0.1)
     counts = pyqe.NegativeSampler.count_tokens(train.targets, model.get_output_embeddings().weight.shape[0])
-    head = pyqe.SigmoidHead.from_lm_head(model, tokenizer, kind="low_rank", rank=RANK)
+    head = pyqe.SigmoidHead.from_lm_head(model, tokenizer, kind="low_rank")
     with tempfile.TemporaryDirectory() as scratch:
         args = SigmoidHeadTrainingArguments(
             output_dir=scratch,

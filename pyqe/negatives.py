@@ -38,7 +38,8 @@ class NegativeSampler:
         sources: one or more of "softmax", "unigram", "uniform".
         num_negatives: negatives per position, K.
         combination: "independent", "mixture" or "product".
-        temperature: T of the softmax source; > 0.
+        temperature: T of the softmax source; > 0. The authors take 2; 1, the tokens that the LM would write itself, is
+            the better one in ``make quality``.
         counts: how many each source draws (independent only); default an even split, remainder to the last.
         weights: weight of each source (mixture only); default equal.
         exclude: rule whose tokens are never negatives, or None.
@@ -58,7 +59,7 @@ class NegativeSampler:
     sources: tuple[Source, ...] = ("unigram", "softmax")
     num_negatives: int = 10
     combination: Combination = "independent"
-    temperature: float = 2.0
+    temperature: float = 1.0
     counts: tuple[int, ...] | None = None
     weights: tuple[float, ...] | None = None
     exclude: DominantRule | None = field(default_factory=lambda: DominantRule.jump("first"))

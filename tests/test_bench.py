@@ -573,7 +573,9 @@ def test_published_selection_draws_what_pyqe_draws() -> None:
     target = dominant[0, 0]  # excluded anyway: the published step excludes no target
     assert target >= 0
     for source, half in (("unigram", published[:, :5]), ("softmax", published[:, 5:])):
-        sampler = pyqe.NegativeSampler((source,), num_negatives=5, exclude=rule, unigram_counts=unigram)
+        sampler = pyqe.NegativeSampler(
+            (source,), num_negatives=5, temperature=sampling.TEMPERATURE, exclude=rule, unigram_counts=unigram
+        )
         ours = F.linear_sample_negatives(hidden, weight, target.expand(rows), sampler)
         deviation = (2 * 0.25 / rows) ** 0.5  # at most, of the difference of two shares
         torch.testing.assert_close(shares(half, vocab_size), shares(ours, vocab_size), atol=5 * deviation, rtol=0)

@@ -132,7 +132,6 @@ def test_states_are_in_the_order_of_the_texts(lm: LanguageModel, tmp_path: Path)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert torch.equal(cache.states("some", sequences).hidden, found.hidden)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept
-    assert cache.tokens_per_second() > 0
 
 
 def test_combination_that_keeps_the_order(lm: LanguageModel, smollm2_head: Any) -> None:

@@ -20,14 +20,6 @@ LITERAL = replace(
 
 _GROUPS: dict[str, dict[str, Recipe]] = {
     "small": {"a third of the text, twice": SMALL},
-    "combined": {
-        "starts at scale 1, all of the text": replace(CHOSEN, start=(1.0, 3.0)),
-        "the same, a third novels": replace(
-            CHOSEN, start=(1.0, 3.0), text=(("postedits", 200_000), ("novels", 100_000))
-        ),
-        "the same, post-edits, nothing excluded": replace(CHOSEN, start=(1.0, 3.0), exclude=None),
-        "the same, post-edits, T 1.5": replace(CHOSEN, start=(1.0, 3.0), temperature=1.5),
-    },
     "head": {
         "literal recipe of the authors": LITERAL,
         "full": replace(SMALL, kind="full"),
@@ -37,7 +29,7 @@ _GROUPS: dict[str, dict[str, Recipe]] = {
         "rescaling of the logit": replace(SMALL, kind="rescaling", base="logit"),
         "low-rank on the logit": replace(SMALL, base="logit"),
         "no bias of tokens": replace(SMALL, token_bias=False),
-        "starts at scale 1": replace(SMALL, start=(1.0, 3.0)),
+        "starts at scale .5": replace(SMALL, start=(0.5, 1.0)),
         "reads layer 20 of 30": replace(SMALL, layer=20),
     },
     "temperature": {f"T {t:g}": replace(SMALL, temperature=t) for t in (0.7, 1.5, 4.0)},

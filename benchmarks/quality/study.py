@@ -218,7 +218,7 @@ def run(lm: LanguageModel, settings: Settings, table: Table) -> dict[str, Any]:
         },
         "calibration": calibration(study, chosen, logs),
         "ambiguity": ambiguity_rows(study, chosen),
-        "throughput": throughput.measure(lm, study.chosen, study.texts.held_out_texts),
+        "throughput": measured(study),
     }
 
 
@@ -353,6 +353,15 @@ def ambiguity_rows(study: Study, chosen: Trained) -> dict[str, Any]:
         "alternatives": ambiguity.by_alternatives(found, study.cache, chosen.head, _sampler(study)) if found else [],
         "entropy": ambiguity.by_entropy(study.held_out, study.lm, chosen.head, _sampler(study)),
     }
+
+
+def measured(study: Study) -> dict[str, float]:
+    """Rates of training, measured once."""
+    path = study.settings.work / f"throughput-{hashed([asdict(study.chosen), study.lm.name])}.json"
+    if not path.exists():
+        write_json(path, throughput.measure(study.lm, study.chosen, study.texts.held_out_texts))
+    rates: dict[str, float] = read_json(path)
+    return rates
 
 
 def data_facts(study: Study) -> dict[str, Any]:

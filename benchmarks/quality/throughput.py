@@ -24,7 +24,7 @@ def measure(lm: LanguageModel, recipe: Recipe, texts: Sequence[str], block_size:
     Args:
         lm: the language model.
         recipe: of the head.
-        texts: enough for a batch of BATCH blocks.
+        texts: enough for a batch of BATCH blocks, else the batch is smaller.
         block_size: tokens in a block.
 
     Returns:
@@ -32,7 +32,7 @@ def measure(lm: LanguageModel, recipe: Recipe, texts: Sequence[str], block_size:
         the whole of a training step, from token ids to updated parameters; ``share``: time of training over forward.
     """
     blocks = TextDataset(lm.tokenizer, texts, block_size=block_size)
-    batch = collate([blocks[number] for number in range(BATCH)])
+    batch = collate([blocks[number] for number in range(min(BATCH, len(blocks)))])
     head = SigmoidHead.from_lm_head(lm.model, lm.tokenizer, kind=recipe.kind, rank=recipe.rank, base=recipe.base)
     loss = pyqe.SigmoidHeadLoss(sampler(recipe, blocks.targets, lm.head.vocab_size))
     module = TrainingModule(lm.model, head, loss)

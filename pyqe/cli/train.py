@@ -27,6 +27,7 @@ class Recipe:
     loss: str
     sources: str
     negatives: int
+    temperature: float
     exclude: str
     learning_rate: float
     epochs: float
@@ -56,7 +57,7 @@ _recipe_options = option_group(
         show_default=True,
         help="Of head: a weight for every token, a low-rank correction of the LM, or two parameters.",
     ),
-    click.option("--rank", type=click.IntRange(1), default=32, show_default=True, help="Of a low-rank head."),
+    click.option("--rank", type=click.IntRange(1), default=24, show_default=True, help="Of a low-rank head."),
     click.option(
         "--base",
         type=click.Choice(["logprob", "logit"]),
@@ -74,13 +75,20 @@ _recipe_options = option_group(
     click.option("--sources", default="unigram,softmax", show_default=True, help="Of negatives; also uniform."),
     click.option("--negatives", type=click.IntRange(1), default=10, show_default=True, help="For each position."),
     click.option(
+        "--temperature",
+        type=click.FloatRange(0, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Of negatives from the softmax; its authors take 2.",
+    ),
+    click.option(
         "--exclude", default="jump:first", show_default=True, help="Dominant tokens, never negatives; or none."
     ),
-    click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True),
+    click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True),
     click.option(
         "--epochs",
         type=click.FloatRange(0, min_open=True),
-        default=3.0,
+        default=2.0,
         show_default=True,
         help="Passes over the text; a fraction too.",
     ),
@@ -112,6 +120,7 @@ _ONLY_WITH = {
     "sparse": ("loss", ("sampled",)),
     "sources": ("loss", ("sampled",)),
     "negatives": ("loss", ("sampled",)),
+    "temperature": ("loss", ("sampled",)),
 }
 
 
@@ -234,7 +243,8 @@ def _train(
     if stopper.interrupted:
         return metrics, True
     metrics["loss"] = trainer.evaluate()["eval_loss"]
-    recorded = ("loss", "sources", "negatives", "exclude", "learning_rate", "epochs", "batch_size", "seed")
+    sampling = ("loss", "sources", "negatives", "temperature", "exclude")
+    recorded = (*sampling, "learning_rate", "epochs", "batch_size", "seed")
     head.config.training = {**{name: getattr(recipe, name) for name in recorded}, **metrics}
     head.save_pretrained(recipe.output)
     _remove_checkpoints(recipe.output)
@@ -316,6 +326,7 @@ def _loss(recipe: Recipe, targets: Any, vocab_size: int) -> Any:
     sampler = pyqe.NegativeSampler(
         _sources(recipe),
         num_negatives=recipe.negatives,
+        temperature=recipe.temperature,
         exclude=_excluded(recipe),
         unigram_counts=pyqe.NegativeSampler.count_tokens(targets, vocab_size),
     )

@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import pyqe
 from pyqe import functional as F
 from pyqe.bench.case import Case, Outcome, Rival, Settings, Shape, Work, compiled_rival, optional
-from pyqe.bench.suites.sampling import published_selection, zipf_counts
+from pyqe.bench.suites.sampling import TEMPERATURE, published_selection, zipf_counts
 from pyqe.heads import FullHead, HeadConfig
 from pyqe.lm_head import LMHead
 from pyqe.training import RowAdam
@@ -48,7 +48,7 @@ def _fused_step(shape: Shape, lm_weight: Tensor) -> Callable[..., Outcome]:
         head = FullHead(HeadConfig("full", vocab_size=shape.v, hidden_size=shape.d, scale=0.3, shift=-5.0))
     lm_head = LMHead(lm_weight)
     head.initialise(lm_head)
-    sampler = pyqe.NegativeSampler(unigram_counts=zipf_counts(shape.v, shape.device))
+    sampler = pyqe.NegativeSampler(temperature=TEMPERATURE, unigram_counts=zipf_counts(shape.v, shape.device))
     loss = pyqe.SigmoidHeadLoss(sampler, sparse_grad=True)
     optimizer = RowAdam(head.parameters(), lr=_LEARNING_RATE)
 

@@ -13,7 +13,7 @@ from pyqe import functional as F
 from pyqe.bench.case import Case, Outcome, Rival, Settings, Shape
 from pyqe.dominant import Cut
 
-_TOP, _RATIO, _EPSILON, _PER_SOURCE, _TEMPERATURE = 200, 0.3, 0.005, 5, 2.0
+_TOP, _RATIO, _EPSILON, _PER_SOURCE, TEMPERATURE = 200, 0.3, 0.005, 5, 2.0
 
 
 def cases(settings: Settings) -> list[Callable[[], Case]]:
@@ -52,14 +52,14 @@ def published_selection(hidden: Tensor, weight: Tensor, unigram: Tensor) -> Tens
     ids, dominant = dominant_by_sort(probs, "first")
     excluded = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, ids, dominant)
     by_unigram = unigram.expand_as(probs).masked_fill(excluded, 0.0)
-    by_softmax = torch.softmax(logits / _TEMPERATURE, -1).masked_fill(excluded, 0.0)
+    by_softmax = torch.softmax(logits / TEMPERATURE, -1).masked_fill(excluded, 0.0)
     draws = [torch.multinomial(source, _PER_SOURCE, replacement=False) for source in (by_unigram, by_softmax)]
     return torch.cat(draws, 1)
 
 
 def negatives(shape: Shape) -> Case:
     weight, unigram = shape.weight(), zipf_counts(shape.v, shape.device)
-    sampler = pyqe.NegativeSampler(unigram_counts=unigram)
+    sampler = pyqe.NegativeSampler(temperature=TEMPERATURE, unigram_counts=unigram)
 
     def fused(hidden: Tensor, ids: Tensor) -> Outcome:
         return {"negatives of pyqe": F.linear_sample_negatives(hidden, weight, ids, sampler)}
