@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,17 +34,28 @@ _UNSUPPORTED = (
     "guidance_scale",
 )
 
+_REPLACING = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+
 
 def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Refuse options of ``generate`` under which tokens could not be matched with hidden states.
+    """Refuse options of ``generate`` that prompts and the matching of tokens with hidden states leave no room for.
 
     Raises:
         TypeError: an input among them.
-        NotImplementedError: assisted generation, classifier-free guidance and the like.
+        NotImplementedError: as :func:`check_decoding`.
     """
     given = [name for name in _INPUTS if name in options]
     if given:
         raise TypeError(f"generate: {', '.join(given)} come from prompts and cannot be given")
+    check_decoding(model, options)
+
+
+def check_decoding(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Refuse options of ``generate`` under which tokens could not be matched with hidden states.
+
+    Raises:
+        NotImplementedError: assisted generation, classifier-free guidance and the like.
+    """
     for name in _UNSUPPORTED:
         value = option(model, options, name)
         if value not in (None, False) and (name, value) != ("guidance_scale", 1):
@@ -67,7 +85,10 @@ class StopRecorder(StoppingCriteria):  # type: ignore[misc]
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> None:
-        self.criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+        given = options.get("stopping_criteria") or []
+        self.criteria = StoppingCriteriaList(given)
+        # Of these kinds, which any step may ask again, generate must see the caller's own: they replace its own.
+        self.listed = StoppingCriteriaList([*(item for item in given if isinstance(item, _REPLACING)), self])
         strings = option(model, options, "stop_strings")
         if strings is not None:
             self.criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
@@ -88,7 +109,7 @@ def generate_options(options: dict[str, Any], recorder: StopRecorder, **own: Any
 
     Those go into a ``generation_config`` that the caller gives: transformers 5 warns of a mix.
     """
-    result = {**options, "stopping_criteria": StoppingCriteriaList([recorder])}
+    result = {**options, "stopping_criteria": recorder.listed}
     if options.get("generation_config") is None:
         return result | own
     result["generation_config"] = copy.deepcopy(options["generation_config"])

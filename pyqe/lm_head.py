@@ -168,14 +168,19 @@ def capture_hidden(model: PreTrainedModel, *, skip_logits: bool, last_only: bool
         handle.remove()
 
 
+def one_thread_at_a_time(model: PreTrainedModel) -> threading.RLock:
+    """The lock of a model: what looks into its forward passes sees those of every thread."""
+    return _locks.setdefault(model, threading.RLock())
+
+
 @contextmanager
 def evaluation(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients inside the ``with`` block; every module's mode is put back.
 
-    One thread at a time for each model, as a hook sees every thread's forward passes. Not ``inference_mode``: buffers
-    that a model renews while it runs (rotary frequencies) would be unfit for training.
+    One thread at a time. Not ``inference_mode``: buffers that a model renews while it runs (rotary frequencies) would be
+    unfit for training.
     """
-    with _locks.setdefault(model, threading.RLock()):
+    with one_thread_at_a_time(model):
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
