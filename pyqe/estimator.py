@@ -19,9 +19,9 @@ from pyqe.generation import (
     check_steps,
     generate_options,
     generated_hidden,
-    option,
     sequence_ends,
     stop_ids,
+    text_spans,
     trim,
 )
 from pyqe.heads import SigmoidHead
@@ -314,8 +314,7 @@ class QualityEstimator(ModelRunner):
         check_steps(output, start, captured)
         ends = sequence_ends(output, start, recorder)
         kept, reasons = trim(output.sequences[:, start:].tolist(), ends, stop_ids(self.model, options))
-        forced = option(self.model, options, "forced_bos_token_id") if is_seq2seq else None
-        spans = [range(int(bool(row) and row[0] == forced), len(row)) for row in kept]
+        spans = text_spans(self.model, options, kept)
         kept = [row[span.start :] for row, span in zip(kept, spans, strict=True)]
         hidden = generated_hidden(output, captured, spans)
         results = [

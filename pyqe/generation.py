@@ -84,13 +84,15 @@ class StopRecorder(StoppingCriteria):  # type: ignore[misc]
     ``generate`` goes on writing into a finished row while others are not, padding or (without an EOS id) more text.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]
+    ) -> None:
         given = options.get("stopping_criteria") or []
         self.criteria = StoppingCriteriaList(given)
         # Of these kinds, which any step may ask again, generate must see the caller's own: they replace its own.
         self.listed = StoppingCriteriaList([*(item for item in given if isinstance(item, _REPLACING)), self])
         strings = option(model, options, "stop_strings")
-        if strings is not None:
+        if strings is not None and tokenizer is not None:  # without one, generate has the word
             self.criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
         self.lengths: Tensor | None = None
 
@@ -162,6 +164,13 @@ def trim(
         kept.append(row[:eos])
         reasons.append("eos" if eos is not None else "length" if end is None else "stop")
     return kept, reasons
+
+
+def text_spans(model: PreTrainedModel, options: dict[str, Any], kept: Sequence[list[int]]) -> list[range]:
+    """Where the text is in sequences as :func:`trim` keeps them: all but a BOS token that ``generate`` put first."""
+    is_seq2seq = model.config.is_encoder_decoder
+    forced = option(model, options, "forced_bos_token_id") if is_seq2seq else None
+    return [range(int(bool(row) and row[0] == forced), len(row)) for row in kept]
 
 
 def generated_hidden(output: Any, captured: Sequence[Tensor], spans: Sequence[range]) -> Tensor:

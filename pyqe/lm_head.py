@@ -177,8 +177,8 @@ def one_thread_at_a_time(model: PreTrainedModel) -> threading.RLock:
 def evaluation(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients inside the ``with`` block; every module's mode is put back.
 
-    One thread at a time. Not ``inference_mode``: buffers that a model renews while it runs (rotary frequencies) would be
-    unfit for training.
+    One thread at a time. Not ``inference_mode``: buffers that a model renews while it runs (rotary frequencies) would
+    be unfit for training.
     """
     with one_thread_at_a_time(model):
         training = [module for module in model.modules() if module.training]
