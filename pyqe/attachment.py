@@ -222,7 +222,7 @@ class StepScorer(StopRecorder):
         self._forget()
         if self.start is None:
             self.start = input_ids.shape[1] - 1
-        tokens = input_ids[:, -1].to(logits.device).reshape(len(logits) // self.beams, -1)
+        tokens = input_ids[:, -1].to(logits.device, copy=True).reshape(len(logits) // self.beams, -1)
         found = self._score(hidden, logits, tokens.repeat_interleave(self.beams, 0))
         self.tokens.append(tokens)
         self.scores.append(torch.stack([found[signal] for signal in self.attachment.signals], -1))
@@ -270,8 +270,7 @@ class StepScorer(StopRecorder):
         tokens = torch.stack(self.tokens).to(new.device)  # [T, G, K]
         scores = torch.stack(self.scores).to(new.device)  # [T, rows, K, S]
         place = (tokens[time, rows // self.beams] == new[..., None]).int().argmax(-1)
-        chosen: Tensor = scores[time, rows, place]
-        return chosen
+        return scores[time, rows, place]
 
 
 def _mask(spans: Sequence[range], new: Tensor) -> Tensor:
