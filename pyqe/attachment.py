@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyqe import functional as F
+from pyqe.continuous import BatchScorer, one_batch_at_a_time
 from pyqe.dominant import DominantRule
 from pyqe.generation import (
     StopRecorder,
@@ -25,7 +26,7 @@ from pyqe.generation import (
     trim,
 )
 from pyqe.heads import SigmoidHead
-from pyqe.lm_head import LMHead, one_thread_at_a_time, output_embedding
+from pyqe.lm_head import LMHead, around_forward, one_thread_at_a_time, output_embedding, restore_attribute
 from pyqe.scored import Signal
 from pyqe.signals import base_wanted, check_signals, softmax_options, token_scores
 from pyqe.streamer import QualityStreamer
@@ -48,6 +49,9 @@ def attach(
     * ``token_quality``, ``token_prob``, ``token_entropy``: float32 [B, T], for each of the T new tokens of the B
       sequences, its EOS included; NaN where a sequence has ended.
     * ``sequence_quality``: float32 [B], the mean over a sequence without its EOS; NaN where nothing else was written.
+
+    ``model.generate_batch`` with ``ContinuousBatchingConfig(return_logprobs=True)`` gives each result the same scores,
+    as lists, beside its ``logprobs``. CUDA graphs and asynchronous batches are off then.
 
     Scores are taken from step to step: softmax signals from the logits that the model computes anyway, before
     temperature and other logits processors, in the model's dtype; the quality of a full head from one dot product.
@@ -107,6 +111,11 @@ def _attached(model: PreTrainedModel) -> Attachment | None:
     return found if isinstance(found, Attachment) else None
 
 
+def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names."""
+    return dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs
+
+
 class Attachment:
     """What stands in for the ``generate`` of a model; see :func:`attach`."""
 
@@ -116,15 +125,16 @@ class Attachment:
         self.signals = signals
 
     def install(self) -> None:
-        """Take the place of the model's ``generate``."""
-        self._own = vars(self.model).get("generate")
-        self._generate = self.model.generate
+        """Take the place of the model's ``generate`` and ``generate_batch``."""
+        self._own = {name: vars(self.model).get(name) for name in ("generate", "generate_batch")}
+        self._generate, self._generate_batch = self.model.generate, self.model.generate_batch
         functools.update_wrapper(self, self._generate)
-        self.model.generate = self
+        self.model.generate, self.model.generate_batch = self, self.generate_batch
 
     def remove(self) -> None:
-        """Put the model's ``generate`` back."""
-        _replace(self.model, "generate", self._own)
+        """Put them back."""
+        for name, own in self._own.items():
+            restore_attribute(self.model, name, own)
 
     def __enter__(self) -> Attachment:
         return self
@@ -146,20 +156,43 @@ class Attachment:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """``model.generate``, whose arguments these are."""
-        options = dict(zip(inspect.signature(self._generate).parameters, args, strict=False)) | kwargs
-        streamer = options.get("streamer")
+        options = _by_name(self._generate, args, kwargs)
         returned = option(self.model, options, "return_dict_in_generate")
-        if not returned and not isinstance(streamer, QualityStreamer):
+        if not returned and not isinstance(options.get("streamer"), QualityStreamer):
             return self._generate(*args, **kwargs)
         check_decoding(self.model, options)
         self.check_head()
-        steps = StepScorer(self, options)
-        with one_thread_at_a_time(self.model), steps.watching():
-            output = self._generate(**generate_options(options, steps))
+        scorer = StepScorer(self, options)
+        with one_thread_at_a_time(self.model), scorer.watching():
+            output = self._generate(**generate_options(options, scorer))
         if returned:
-            for name, value in steps.scores_of(output).items():
+            for name, value in scorer.scores_of(output).items():
                 output[name] = value
         return output
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """``model.generate_batch``, whose arguments these are."""
+        options = _by_name(self._generate_batch, args, kwargs)
+        config = options.get("continuous_batching_config")
+        if config is None or not config.return_logprobs:
+            return self._generate_batch(*args, **kwargs)
+        options["continuous_batching_config"] = one_batch_at_a_time(config)
+        self.check_head()
+        scorer = BatchScorer(self.model, self.score)
+        with one_thread_at_a_time(self.model), scorer.watching():
+            results = self._generate_batch(**options)
+        scorer.add_to(results, options)
+        return results
+
+    @torch.no_grad()
+    def score(self, hidden: Tensor, logits: Tensor, token_ids: Tensor) -> dict[Signal, Tensor]:
+        """Scores [M, K] of tokens [M, K], from hidden states [M, D] and logits [M, V]; -1 gives NaN."""
+        token_ids = token_ids.masked_fill(token_ids >= logits.shape[-1], -1)  # padding may be no token of the model's
+        options = softmax_options(self.signals, self.head, DominantRule.jump("last"))
+        stats = None if options is None else F.softmax_stats(logits, token_ids=token_ids, **options)
+        on_logit = base_wanted(self.signals, self.head) == "logit"
+        token_logits = logits.gather(1, token_ids.clamp(min=0)).float() if on_logit else None
+        return token_scores(self.signals, self.head, hidden, token_ids, stats, token_logits)
 
 
 class StepScorer(StopRecorder):
@@ -197,15 +230,15 @@ class StepScorer(StopRecorder):
     def watching(self) -> Iterator[None]:
         """Look at the model's forward passes inside the ``with`` block."""
 
-        def see_hidden(args: tuple[Tensor, ...], output: Any) -> None:
-            self._hidden = args[0][:, -1]
+        def see_hidden(output: Any, hidden: Tensor) -> None:
+            self._hidden = hidden[:, -1]
             self._passes.append(None)
 
-        def see_logits(args: tuple[Any, ...], output: Any) -> None:
+        def see_logits(output: Any, *args: Any, **kwargs: Any) -> None:
             self._logits = output.logits[:, -1]
 
         model = self.attachment.model
-        with _after_forward(output_embedding(model), see_hidden), _after_forward(model, see_logits):
+        with around_forward(output_embedding(model), see_hidden), around_forward(model, see_logits):
             try:
                 yield
             finally:
@@ -223,23 +256,12 @@ class StepScorer(StopRecorder):
         if self.start is None:
             self.start = input_ids.shape[1] - 1
         tokens = input_ids[:, -1].to(logits.device, copy=True).reshape(len(logits) // self.beams, -1)
-        found = self._score(hidden, logits, tokens.repeat_interleave(self.beams, 0))
+        found = self.attachment.score(hidden, logits, tokens.repeat_interleave(self.beams, 0))
         self.tokens.append(tokens)
         self.scores.append(torch.stack([found[signal] for signal in self.attachment.signals], -1))
         if self.streamer is not None:
             self.streamer.scored.append(found["quality"].item())
         return super().__call__(input_ids, scores, **kwargs)
-
-    @torch.no_grad()
-    def _score(self, hidden: Tensor, logits: Tensor, token_ids: Tensor) -> dict[Signal, Tensor]:
-        """Scores [rows, K] of candidates, from hidden states [rows, D] and logits [rows, V]."""
-        head, signals = self.attachment.head, self.attachment.signals
-        token_ids = token_ids.masked_fill(token_ids >= logits.shape[-1], -1)  # padding may be no token of the model's
-        options = softmax_options(signals, head, DominantRule.jump("last"))
-        stats = None if options is None else F.softmax_stats(logits, token_ids=token_ids, **options)
-        on_logit = base_wanted(signals, head) == "logit"
-        token_logits = logits.gather(1, token_ids.clamp(min=0)).float() if on_logit else None
-        return token_scores(signals, head, hidden, token_ids, stats, token_logits)
 
     def scores_of(self, output: Any) -> dict[str, Tensor]:
         """The fields that ``output`` gets: float32 [B, T] and [B]."""
@@ -278,33 +300,3 @@ def _mask(spans: Sequence[range], new: Tensor) -> Tensor:
     time = torch.arange(new.shape[1], device=new.device)
     start, stop = torch.tensor([[span.start, span.stop] for span in spans], device=new.device).T[..., None]
     return (time >= start) & (time < stop)
-
-
-def _replace(module: Any, name: str, own: Any) -> None:
-    """Give a module an attribute of its own in place of its class's; with None take it away."""
-    if own is None:
-        delattr(module, name)
-    else:
-        setattr(module, name, own)
-
-
-@contextmanager
-def _after_forward(module: Any, look: Callable[[tuple[Any, ...], Any], None]) -> Iterator[None]:
-    """Call ``look(args, output)`` after every forward pass of a module inside the ``with`` block.
-
-    Not a hook, as what ``torch.compile`` has compiled before a hook came (or goes on to be used without it) does not
-    see it; of a ``forward`` that is the module's own it makes sure.
-    """
-    own, plain = vars(module).get("forward"), module.forward
-
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        output = plain(*args, **kwargs)
-        look(args, output)
-        return output
-
-    module.forward = forward
-    try:
-        yield
-    finally:
-        _replace(module, "forward", own)

@@ -62,6 +62,8 @@ def check_decoding(model: PreTrainedModel, options: dict[str, Any]) -> None:
             raise NotImplementedError(
                 f"generate: {name}={value!r:.80}: only decoding with one forward pass a token can be scored"
             )
+    if option(model, options, "cache_implementation") == "paged":
+        raise NotImplementedError("generate: cache_implementation='paged': use generate_batch, see pyqe.attach")
 
 
 def option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:

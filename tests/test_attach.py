@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CompileConfig,
+    ContinuousBatchingConfig,
     EosTokenCriteria,
     GenerationConfig,
     MaxLengthCriteria,
@@ -471,6 +472,11 @@ def test_forward_passes_that_are_not_one_a_token() -> None:
         _generate(model, logits_processor=[guide])
 
 
+def test_paged_cache() -> None:
+    with pytest.raises(NotImplementedError, match="use generate_batch"):
+        _generate(_attached(), cache_implementation="paged")
+
+
 def test_an_attached_model_can_assist_another() -> None:
     plain, model = _model(), _attached()
     ids = _inputs(model, ["A dog"])
@@ -626,6 +632,92 @@ def test_threads_on_one_model_do_not_mix_their_texts() -> None:
         jobs = [(prompt, pool.submit(_generate, model, [prompt])) for prompt in PROMPTS * 4]
         for prompt, job in jobs:
             _assert_close(job.result(), alone[prompt])
+
+
+# --- continuous batching
+
+
+def _batch(model: Any, inputs: list[list[int]], config: dict[str, Any] | None = None, **options: Any) -> Any:
+    small = {"page_size": 8, "num_blocks": 24, "max_batch_tokens": 64, "return_logprobs": True}
+    return model.generate_batch(
+        inputs,
+        generation_config=GenerationConfig(**{"max_new_tokens": 6, "do_sample": False, "eos_token_id": 2, **options}),
+        continuous_batching_config=ContinuousBatchingConfig(**{**small, **(config or {})}),
+    )
+
+
+def _assert_batch_scores(model: Any, result: Any) -> None:
+    """The scores are those of one forward pass over prompt and text."""
+    assert result.error is None
+    ids, first = torch.tensor([result.prompt_ids + result.generated_tokens]), len(result.prompt_ids)
+    with torch.no_grad():
+        output = model(ids[:, :-1], output_hidden_states=True, use_cache=False)
+        quality = torch.sigmoid(model.generate.head(output.hidden_states[-1][0, first - 1 :], ids[0, first:]))
+    logprobs = output.logits[0, first - 1 :].log_softmax(-1)
+    np.testing.assert_allclose(result.token_quality, quality.numpy(), rtol=1e-4)
+    prob = logprobs.gather(1, ids[0, first:, None])[:, 0].exp()
+    np.testing.assert_allclose(result.token_prob, prob.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(result.token_entropy, -(logprobs.exp() * logprobs).sum(1).numpy(), rtol=1e-4)
+    written = len(result.generated_tokens) - (result.generated_tokens[-1] == 2)
+    expected = np.mean(result.token_quality[:written]) if written else math.nan
+    np.testing.assert_allclose(result.sequence_quality, expected)
+
+
+BATCHES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"max_batch_tokens": 8}, {}),  # prompts in several parts
+    ({"num_blocks": 12, "page_size": 4}, {"max_new_tokens": 9}),  # requests put off and taken up again
+    ({}, {"do_sample": True, "temperature": 2.0, "num_return_sequences": 3}),
+]
+
+
+@pytest.mark.parametrize(("config", "options"), BATCHES, ids=str)
+def test_continuous_batching(config: dict[str, Any], options: dict[str, Any]) -> None:
+    model = _attached()
+    inputs = [tiny.tokenizer()(prompt)["input_ids"] for prompt in [*PROMPTS, "A dog"]]
+    results = _batch(model, inputs, config, **options)
+    assert len(results) == len(inputs) * options.get("num_return_sequences", 1)
+    for result in results.values():
+        _assert_batch_scores(model, result)
+    assert "init_continuous_batching" not in vars(model)
+    assert "forward" not in vars(model)
+
+
+def test_continuous_batching_of_a_model_that_makes_every_logit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _attached()
+    monkeypatch.setattr(type(model), "_supports_logits_to_keep", lambda self: False)
+    for result in _batch(model, [[5, 6, 7], [8, 9]]).values():
+        _assert_batch_scores(model, result)
+
+
+def test_continuous_batching_ends_at_eos() -> None:
+    model = _attached()
+    ids = _inputs(model, ["A dog"])["input_ids"][0].tolist()
+    (free,) = _batch(model, [ids]).values()
+    stop = [token for token in free.generated_tokens if token != free.generated_tokens[0]][1:3]
+    (result,) = _batch(model, [ids], eos_token_id=stop).values()
+    length = next(i for i, token in enumerate(free.generated_tokens) if token in stop)
+    assert len(result.generated_tokens) == len(result.token_quality) == length + 1
+    np.testing.assert_allclose(result.sequence_quality, np.mean(free.token_quality[:length]), rtol=1e-5)
+
+
+def test_continuous_batching_without_log_probabilities_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _attached()
+    monkeypatch.setattr("pyqe.attachment.BatchScorer", None)
+    (result,) = _batch(model, [[5, 6, 7]], {"return_logprobs": False}).values()
+    assert not hasattr(result, "token_quality")
+    monkeypatch.undo()
+    pyqe.detach(model)
+    (result,) = _batch(model, [[5, 6, 7]]).values()
+    assert not hasattr(result, "token_quality")
+    assert "generate_batch" not in vars(model)
+
+
+@pytest.mark.parametrize("name", ["use_cuda_graph", "use_async_batching", "default_compile_level"])
+def test_continuous_batching_that_python_does_not_see(name: str) -> None:
+    model = _attached()
+    with pytest.raises(NotImplementedError, match=f"expected no {name} in continuous_batching_config, got 1|True"):
+        _batch(model, [[5, 6, 7]], {name: 1 if name == "default_compile_level" else True})
 
 
 # --- streaming
