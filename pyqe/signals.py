@@ -76,8 +76,10 @@ def _quality(logits: Tensor, stats: SoftmaxStats | None) -> Tensor:
 
 
 def _softmax_scores(stats: SoftmaxStats, token_ids: Tensor, signals: Collection[Signal]) -> dict[Signal, Tensor]:
-    scores: dict[Signal, Tensor] = {"max_prob": _of_rows(stats.max_logprob.exp(), token_ids)}
-    if stats.token_logprob is not None:
+    scores: dict[Signal, Tensor] = {}
+    if "max_prob" in signals:
+        scores["max_prob"] = _of_rows(stats.max_logprob.exp(), token_ids)
+    if "prob" in signals and stats.token_logprob is not None:
         scores["prob"] = stats.token_logprob.exp()
     if stats.entropy is not None:
         scores["entropy"] = _of_rows(stats.entropy, token_ids)

@@ -9,6 +9,7 @@ import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from threading import Thread
 from typing import Any
 
@@ -17,6 +18,9 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     CompileConfig,
     ContinuousBatchingConfig,
@@ -517,6 +521,40 @@ def test_nothing_of_the_vocabularys_size_is_kept(
     assert scorer._logits is None
     ours = [value for key, value in output.items() if key.startswith(("token", "sequence_"))]
     assert {value.shape for value in ours} == {(len(PROMPTS), steps), (len(PROMPTS),)}
+
+
+class _Peak(TorchDispatchMode):
+    """Largest sum of bytes of the tensors that exist at one time, of those made inside the ``with`` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[StorageWeakRef, int] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for item in tree_leaves(result):
+            if isinstance(item, Tensor):
+                self.live[StorageWeakRef(item.untyped_storage())] = item.untyped_storage().nbytes()
+        self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
+        self.bytes = max(self.bytes, sum(self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_memory_beyond_plain_generate_does_not_grow_with_the_vocabulary(num_beams: int) -> None:
+    extra = []
+    for vocab_size in (2_000, 20_000):
+        model = _model(vocab_size=vocab_size)
+        head, peaks = tiny.head(model, tiny.tokenizer()), []
+        for attached in (False, True):
+            with pyqe.attach(model, head) if attached else nullcontext(), _Peak() as peak:
+                _generate(model, eos_token_id=None, num_beams=num_beams)
+            peaks.append(peak.bytes)
+        assert peaks[0] > 4 * vocab_size * len(PROMPTS) * num_beams  # the logits of a step
+        extra.append(peaks[1] - peaks[0])
+    assert max(extra) < 20_000
+    assert extra[0] == extra[1]
 
 
 # --- compiled forward passes and other ways to run a model
