@@ -63,8 +63,8 @@ def attach(
         model: any Hugging Face model that generates with an output embedding. A second head replaces the first.
         head: a Sigmoid Head of that model, or None for the softmax signals alone.
         tokenizer: to check that the head was made for it.
-        signals: some of "quality", "prob", "max_prob", "entropy", "boosted_prob"; default quality (with a head), prob
-            and entropy.
+        signals: some of "quality", "prob", "max_prob", "entropy", "boosted_prob" (of ``DominantRule.jump("last")``);
+            default quality (with a head), prob and entropy.
 
     Returns:
         a context manager that detaches at its end, for those who want it.
@@ -111,9 +111,13 @@ def _attached(model: PreTrainedModel) -> Attachment | None:
     return found if isinstance(found, Attachment) else None
 
 
-def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names."""
-    return dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs
+def _by_name(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call: those that have no name, and the others by theirs."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [item.name for item in parameters if item.kind is item.POSITIONAL_OR_KEYWORD]
+    return args[len(names) :], dict(zip(names, args, strict=False)) | kwargs
 
 
 class Attachment:
@@ -144,7 +148,7 @@ class Attachment:
             self.remove()
 
     def check_head(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Check that the head fits the model as it is now, and move it to the model's device.
+        """Check that the head fits the model as it is now.
 
         Raises:
             HeadMismatchError: it does not fit.
@@ -152,19 +156,18 @@ class Attachment:
         lm_head = LMHead.from_model(self.model)
         if self.head is not None:
             self.head.check_compatible(lm_head, tokenizer)
-            self.head.to(lm_head.weight.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """``model.generate``, whose arguments these are."""
-        options = _by_name(self._generate, args, kwargs)
+        args, options = _by_name(self._generate, args, kwargs)
         returned = option(self.model, options, "return_dict_in_generate")
         if not returned and not isinstance(options.get("streamer"), QualityStreamer):
-            return self._generate(*args, **kwargs)
+            return self._generate(*args, **options)
         check_decoding(self.model, options)
         self.check_head()
         scorer = StepScorer(self, options)
         with one_thread_at_a_time(self.model), scorer.watching():
-            output = self._generate(**generate_options(options, scorer))
+            output = self._generate(*args, **generate_options(options, scorer))
         if returned:
             for name, value in scorer.scores_of(output).items():
                 output[name] = value
@@ -172,21 +175,23 @@ class Attachment:
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """``model.generate_batch``, whose arguments these are."""
-        options = _by_name(self._generate_batch, args, kwargs)
+        args, options = _by_name(self._generate_batch, args, kwargs)
         config = options.get("continuous_batching_config")
         if config is None or not config.return_logprobs:
-            return self._generate_batch(*args, **kwargs)
+            return self._generate_batch(*args, **options)
         options["continuous_batching_config"] = one_batch_at_a_time(config)
         self.check_head()
         scorer = BatchScorer(self.model, self.score)
         with one_thread_at_a_time(self.model), scorer.watching():
-            results = self._generate_batch(**options)
+            results = self._generate_batch(*args, **options)
         scorer.add_to(results, options)
         return results
 
     @torch.no_grad()
     def score(self, hidden: Tensor, logits: Tensor, token_ids: Tensor) -> dict[Signal, Tensor]:
         """Scores [M, K] of tokens [M, K], from hidden states [M, D] and logits [M, V]; -1 gives NaN."""
+        if self.head is not None and self.head.scale.device != hidden.device:
+            self.head.to(hidden.device)
         token_ids = token_ids.masked_fill(token_ids >= logits.shape[-1], -1)  # padding may be no token of the model's
         options = softmax_options(self.signals, self.head, DominantRule.jump("last"))
         stats = None if options is None else F.softmax_stats(logits, token_ids=token_ids, **options)
@@ -246,7 +251,9 @@ class StepScorer(StopRecorder):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Score the tokens [candidates] that end ``input_ids``; then as any stopping criterion."""
-        if len(self._passes) != 1 or self._hidden is None or self._logits is None:
+        if self._hidden is None or self._logits is None:
+            raise NotImplementedError("generate: runs another model than that of pyqe.attach; attach to that one")
+        if len(self._passes) != 1:
             raise NotImplementedError(
                 f"generate: {len(self._passes)} forward passes for a token; "
                 "only decoding with one forward pass a token can be scored"

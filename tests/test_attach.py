@@ -405,7 +405,8 @@ def test_what_others_put_on_the_model_stays() -> None:
 
     model.generate, model.lm_head.forward = generate, forward
     with pyqe.attach(model, None):
-        assert "token_prob" in _generate(model, max_new_tokens=1)
+        output = model.generate(_inputs(model)["input_ids"], max_new_tokens=1, **DICT)
+        assert "token_prob" in output
     assert calls == ["generate", "forward"]
     assert model.generate is generate
     assert model.lm_head.forward is forward
@@ -474,6 +475,16 @@ def test_forward_passes_that_are_not_one_a_token() -> None:
 
     with pytest.raises(NotImplementedError, match="2 forward passes for a token"):
         _generate(model, logits_processor=[guide])
+
+
+def test_a_generate_that_runs_another_model() -> None:
+    outer, inner = _model(), _model()
+    outer.lm_head, outer.generate = inner.lm_head, inner.generate  # as adapters around a model have it
+    pyqe.attach(outer, None)
+    with pytest.raises(NotImplementedError, match="runs another model"):
+        _generate(outer)
+    pyqe.attach(inner, None)
+    assert "token_prob" in _generate(inner)
 
 
 def test_paged_cache() -> None:
