@@ -10,12 +10,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pyqe import calibration, choice, functional, metrics, training
+    from pyqe.attachment import attach, detach
     from pyqe.backends import use_backend
     from pyqe.dominant import DominantRule
     from pyqe.estimator import QualityEstimator, ScoredText
     from pyqe.heads import HeadMismatchError, SigmoidHead
     from pyqe.losses import SigmoidHeadLoss
     from pyqe.negatives import NegativeSampler
+    from pyqe.streamer import QualityStreamer
 
 # Loaded when first used: importing torch takes a second, and `pyqe --help` needs none of it.
 _HOMES = {
@@ -23,11 +25,14 @@ _HOMES = {
     "HeadMismatchError": "pyqe.heads",
     "NegativeSampler": "pyqe.negatives",
     "QualityEstimator": "pyqe.estimator",
+    "QualityStreamer": "pyqe.streamer",
     "ScoredText": "pyqe.estimator",
     "SigmoidHead": "pyqe.heads",
     "SigmoidHeadLoss": "pyqe.losses",
+    "attach": "pyqe.attachment",
     "calibration": "pyqe.calibration",
     "choice": "pyqe.choice",
+    "detach": "pyqe.attachment",
     "functional": "pyqe.functional",
     "metrics": "pyqe.metrics",
     "training": "pyqe.training",
@@ -39,12 +44,15 @@ __all__ = [
     "HeadMismatchError",
     "NegativeSampler",
     "QualityEstimator",
+    "QualityStreamer",
     "ScoredText",
     "SigmoidHead",
     "SigmoidHeadLoss",
     "__version__",
+    "attach",
     "calibration",
     "choice",
+    "detach",
     "functional",
     "metrics",
     "training",

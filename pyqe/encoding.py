@@ -124,26 +124,49 @@ def target_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
+class PieceDecoder:
+    """What each token adds to the decoded text, one token after the other.
+
+    Decoding starts a few tokens back at a place where characters are whole, which keeps it linear in the number of
+    tokens.
+
+    Args:
+        tokenizer: fast or slow.
+        decode_options: of ``tokenizer.decode``.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, **decode_options: Any) -> None:
+        self._decode = partial(tokenizer.decode, **{"clean_up_tokenization_spaces": False, **decode_options})
+        self._ids: list[int] = []  # from a place where characters are whole
+        self._done = 0  # of them, those that have given their piece
+
+    def add(self, token_id: int) -> str | None:
+        """The piece of the next token, or None where it ends inside a character."""
+        self._ids.append(token_id)
+        piece = self.rest()
+        if piece.endswith("\ufffd"):
+            return None
+        if len(self._ids) > BUCKET and piece:
+            del self._ids[: self._done]
+        self._done = len(self._ids)
+        return piece
+
+    def rest(self) -> str:
+        """What the tokens since the last piece decode to."""
+        return str(self._decode(self._ids))[len(str(self._decode(self._ids[: self._done]))) :]
+
+
 def pieces(
     tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, skip_special_tokens: bool = True
 ) -> list[str | None]:
     """What each token adds to the decoded text; their concatenation is the text.
 
-    A character whose bytes are spread over tokens belongs to the last of them, the others have None. Decoding starts a
-    few tokens back at a place where characters are whole, which keeps it linear in the number of tokens.
+    A character whose bytes are spread over tokens belongs to the last of them, the others have None.
     """
-    decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-    result: list[str | None] = []
-    start, done = 0, 0
-    for i in range(len(token_ids)):
-        before, upto = decode(token_ids[start:done]), decode(token_ids[start : i + 1])
-        if upto.endswith("\ufffd") and i + 1 < len(token_ids):
-            result.append(None)
-            continue
-        result.append(upto[len(before) :])
-        if i + 1 - start > BUCKET and upto[len(before) :]:
-            start = done
-        done = i + 1
+    decoder = PieceDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
+    result = [decoder.add(token_id) for token_id in token_ids]
+    if result and result[-1] is None:
+        result[-1] = decoder.rest()
     return result
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from pyqe import encoding
 from pyqe.dominant import DominantRule
 from pyqe.encoding import Encoded, Prompt, Window
-from pyqe.functional import SoftmaxStats
 from pyqe.generation import (
     FinishReason,
     StopRecorder,
@@ -20,15 +19,16 @@ from pyqe.generation import (
     check_steps,
     generate_options,
     generated_hidden,
-    option,
     sequence_ends,
     stop_ids,
+    text_spans,
     trim,
 )
 from pyqe.heads import SigmoidHead
 from pyqe.lm_head import LMHead, capture_hidden
 from pyqe.runner import ModelRunner, pad_rows
 from pyqe.scored import SIGNALS, ScoredText, Signal
+from pyqe.signals import base_wanted, check_signals, softmax_options, token_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -156,11 +156,7 @@ class QualityEstimator(ModelRunner):
     def _signals(self, signals: Collection[Signal] | None) -> tuple[Signal, ...]:
         if signals is None:
             return SIGNALS if self.head is not None else SIGNALS[1:]
-        if isinstance(signals, str) or not signals or not set(signals) <= set(SIGNALS):
-            raise ValueError(f"signals: expected some of {', '.join(SIGNALS)}, got {signals!r}")
-        if "quality" in signals and self.head is None:
-            raise ValueError("signals: 'quality' needs a Sigmoid Head, and this estimator has none")
-        return tuple(signal for signal in SIGNALS if signal in signals)
+        return check_signals(signals, self.head)
 
     def _check_texts(self, texts: Sequence[str], prompts: Sequence[Prompt | None] | None) -> Sequence[Prompt | None]:
         if isinstance(texts, str):
@@ -238,34 +234,12 @@ class QualityEstimator(ModelRunner):
         count = len(hidden)
         hidden = pad_rows(hidden)
         token_ids = torch.nn.functional.pad(token_ids, (0, len(hidden) - count), value=-1)
-        stats = self._softmax_stats(hidden, token_ids, signals)
-        scores: dict[str, Tensor] = {}
-        if "quality" in signals:
-            scores["quality"] = self._quality(hidden, token_ids, stats)
-        if stats is not None:
-            scores |= _softmax_signals(stats, token_ids, signals)
-        return {signal: scores[signal][:count].float().cpu().numpy() for signal in signals}
-
-    def _softmax_stats(self, hidden: Tensor, token_ids: Tensor, signals: Collection[Signal]) -> SoftmaxStats | None:
-        """The softmax statistics that the signals need, or None: the quality of most heads needs none."""
-        on_logprob = "quality" in signals and self.head is not None and self.head.config.base == "logprob"
-        if not on_logprob and set(signals) == {"quality"}:
-            return None
-        return self.lm_head.softmax_stats(
-            hidden,
-            token_ids=token_ids,
-            entropy="entropy" in signals,
-            dominant=self.rule if "boosted_prob" in signals else None,
-        )
-
-    def _quality(self, hidden: Tensor, token_ids: Tensor, stats: SoftmaxStats | None) -> Tensor:
-        """Sigmoid probabilities [M]; NaN where a logit is not finite, which must not look confident."""
-        assert self.head is not None
-        on_logprob = self.head.config.base == "logprob" and stats is not None
-        base = stats.token_logprob if on_logprob and stats else self.head.base_of(hidden, token_ids, self.lm_head)
-        logits = self.head(hidden, token_ids, base)
-        valid = logits.isfinite() if stats is None else logits.isfinite() & stats.max_logprob.isfinite()
-        return torch.sigmoid(logits).masked_fill(~valid, torch.nan)
+        options = softmax_options(signals, self.head, self.rule)
+        stats = None if options is None else self.lm_head.softmax_stats(hidden, token_ids=token_ids, **options)
+        on_logit = base_wanted(signals, self.head) == "logit"
+        token_logits = self.lm_head.token_logits(hidden, token_ids) if on_logit else None
+        scores = token_scores(signals, self.head, hidden, token_ids, stats, token_logits)
+        return {signal: scores[signal][:count].cpu().numpy() for signal in signals}
 
     def _fill(self, places: Iterable[tuple[ScoredText, int, int]], scores: dict[Signal, np.ndarray]) -> None:
         """Put scores [M] into their texts: a text, its first token scored and how many, one after the other."""
@@ -340,8 +314,7 @@ class QualityEstimator(ModelRunner):
         check_steps(output, start, captured)
         ends = sequence_ends(output, start, recorder)
         kept, reasons = trim(output.sequences[:, start:].tolist(), ends, stop_ids(self.model, options))
-        forced = option(self.model, options, "forced_bos_token_id") if is_seq2seq else None
-        spans = [range(int(bool(row) and row[0] == forced), len(row)) for row in kept]
+        spans = text_spans(self.model, options, kept)
         kept = [row[span.start :] for row, span in zip(kept, spans, strict=True)]
         hidden = generated_hidden(output, captured, spans)
         results = [
@@ -369,18 +342,6 @@ def _check_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name}: expected 1 or more, got {number}")
-
-
-def _softmax_signals(stats: SoftmaxStats, token_ids: Tensor, signals: Collection[Signal]) -> dict[str, Tensor]:
-    """Scores [M] of the softmax signals that were asked for."""
-    scores: dict[str, Tensor] = {"max_prob": stats.max_logprob.exp()}
-    if stats.token_logprob is not None:
-        scores["prob"] = stats.token_logprob.exp()
-    if stats.entropy is not None:
-        scores["entropy"] = stats.entropy
-    if "boosted_prob" in signals:
-        scores["boosted_prob"] = stats.boosted_prob(token_ids)
-    return scores
 
 
 def _add_reason(result: ScoredText, reason: str) -> None:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,23 +34,36 @@ _UNSUPPORTED = (
     "guidance_scale",
 )
 
+_REPLACING = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+
 
 def check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Refuse options of ``generate`` under which tokens could not be matched with hidden states.
+    """Refuse options of ``generate`` that prompts and the matching of tokens with hidden states leave no room for.
 
     Raises:
         TypeError: an input among them.
-        NotImplementedError: assisted generation, classifier-free guidance and the like.
+        NotImplementedError: as :func:`check_decoding`.
     """
     given = [name for name in _INPUTS if name in options]
     if given:
         raise TypeError(f"generate: {', '.join(given)} come from prompts and cannot be given")
+    check_decoding(model, options)
+
+
+def check_decoding(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Refuse options of ``generate`` under which tokens could not be matched with hidden states.
+
+    Raises:
+        NotImplementedError: assisted generation, classifier-free guidance and the like.
+    """
     for name in _UNSUPPORTED:
         value = option(model, options, name)
         if value not in (None, False) and (name, value) != ("guidance_scale", 1):
             raise NotImplementedError(
                 f"generate: {name}={value!r:.80}: only decoding with one forward pass a token can be scored"
             )
+    if option(model, options, "cache_implementation") == "paged":
+        raise NotImplementedError("generate: cache_implementation='paged': use generate_batch, see pyqe.attach")
 
 
 def option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
@@ -66,10 +86,15 @@ class StopRecorder(StoppingCriteria):  # type: ignore[misc]
     ``generate`` goes on writing into a finished row while others are not, padding or (without an EOS id) more text.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> None:
-        self.criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]
+    ) -> None:
+        given = options.get("stopping_criteria") or []
+        self.criteria = StoppingCriteriaList(given)
+        # Of these kinds, which any step may ask again, generate must see the caller's own: they replace its own.
+        self.listed = StoppingCriteriaList([*(item for item in given if isinstance(item, _REPLACING)), self])
         strings = option(model, options, "stop_strings")
-        if strings is not None:
+        if strings is not None and tokenizer is not None:  # without one, generate has the word
             self.criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
         self.lengths: Tensor | None = None
 
@@ -88,7 +113,7 @@ def generate_options(options: dict[str, Any], recorder: StopRecorder, **own: Any
 
     Those go into a ``generation_config`` that the caller gives: transformers 5 warns of a mix.
     """
-    result = {**options, "stopping_criteria": StoppingCriteriaList([recorder])}
+    result = {**options, "stopping_criteria": recorder.listed}
     if options.get("generation_config") is None:
         return result | own
     result["generation_config"] = copy.deepcopy(options["generation_config"])
@@ -141,6 +166,13 @@ def trim(
         kept.append(row[:eos])
         reasons.append("eos" if eos is not None else "length" if end is None else "stop")
     return kept, reasons
+
+
+def text_spans(model: PreTrainedModel, options: dict[str, Any], kept: Sequence[list[int]]) -> list[range]:
+    """Where the text is in sequences as :func:`trim` keeps them: all but a BOS token that ``generate`` put first."""
+    is_seq2seq = model.config.is_encoder_decoder
+    forced = option(model, options, "forced_bos_token_id") if is_seq2seq else None
+    return [range(int(bool(row) and row[0] == forced), len(row)) for row in kept]
 
 
 def generated_hidden(output: Any, captured: Sequence[Tensor], spans: Sequence[range]) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -168,14 +169,59 @@ def capture_hidden(model: PreTrainedModel, *, skip_logits: bool, last_only: bool
         handle.remove()
 
 
+def restore_attribute(module: Any, name: str, own: Any) -> None:
+    """Give a module its own attribute back that was in place of its class's; None where it had none."""
+    if own is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, own)
+
+
+@contextmanager
+def own_attribute(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Let a module have an attribute in place of its class's inside the ``with`` block."""
+    own = vars(module).get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        restore_attribute(module, name, own)
+
+
+def around_forward(
+    module: Any, after: Callable[..., object], *, before: Callable[[], object] | None = None
+) -> AbstractContextManager[None]:
+    """Call ``before()`` and ``after(output, *args, **kwargs)`` around every forward pass inside the ``with`` block.
+
+    Not by a hook: code that ``torch.compile`` made before a hook came does not call it. Of a ``forward`` that is the
+    module's own it takes notice.
+    """
+    plain = module.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before()
+        output = plain(*args, **kwargs)
+        after(output, *args, **kwargs)
+        return output
+
+    return own_attribute(module, "forward", forward)
+
+
+def one_thread_at_a_time(model: PreTrainedModel) -> threading.RLock:
+    """The lock of a model: what looks into its forward passes sees those of every thread."""
+    return _locks.setdefault(model, threading.RLock())
+
+
 @contextmanager
 def evaluation(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients inside the ``with`` block; every module's mode is put back.
 
-    One thread at a time for each model, as a hook sees every thread's forward passes. Not ``inference_mode``: buffers
-    that a model renews while it runs (rotary frequencies) would be unfit for training.
+    One thread at a time. Not ``inference_mode``: buffers that a model renews while it runs (rotary frequencies) would
+    be unfit for training.
     """
-    with _locks.setdefault(model, threading.RLock()):
+    with one_thread_at_a_time(model):
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:

@@ -230,7 +230,8 @@ def test_a_language_model_that_is_not_there_is_named() -> None:
     def load() -> Any:
         raise FileNotFoundError("no wheel")
 
-    for case in (generate.generate("an LM", load, 1, 2), generate.score("an LM", load, 1, 2)):
+    for build in (generate.generate, generate.attached, generate.score):
+        case = build("an LM", load, 1, 2)
         assert [rival.missing for rival in case.rivals] == ["no wheel"]
 
 
@@ -521,6 +522,11 @@ CASES: dict[str, tuple[Callable[[], Case], float, set[str]]] = {
         lambda: generate.generate("tiny", lambda: generate.random_lm(300, 32), 2, 3),
         0.0,
         {"pyqe, all signals", "model.generate"},
+    ),
+    "attach": (
+        lambda: generate.attached("tiny", lambda: generate.random_lm(300, 32), 2, 3),
+        EXACT,
+        {"model.generate", "authors"},
     ),
     "score": (
         lambda: generate.score("tiny", lambda: generate.random_lm(300, 32), 2, 8),

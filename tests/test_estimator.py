@@ -60,16 +60,8 @@ def _estimator(kind: str = "llama", head: dict[str, Any] | None = None, **option
 
 
 def _with_head(model: Any, options: dict[str, Any] | None = None, tokenizer: Any = None) -> QualityEstimator:
-    """An estimator with a head whose qualities are neither all 0 nor all 1."""
     tokenizer = tokenizer or tiny.tokenizer()
-    head = SigmoidHead.from_lm_head(model, tokenizer, **(options or {"kind": "full"}))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            if name in ("A", "token_bias"):
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        head.shift += 3.0
-    return QualityEstimator(model, tokenizer, head)
+    return QualityEstimator(model, tokenizer, tiny.head(model, tokenizer, **(options or {})))
 
 
 def _hidden_and_logits(model: Any, before: list[int], text_ids: list[int], source: list[int] | None) -> Any:

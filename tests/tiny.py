@@ -23,6 +23,8 @@ from transformers import (
     T5Config,
 )
 
+from pyqe import SigmoidHead
+
 TEXTS = [
     "The cat sat on the mat.",
     "A dog, and another dog!",
@@ -125,6 +127,18 @@ def model(kind: str = "llama", dtype: torch.dtype = torch.float32, **options: An
     torch.manual_seed(1)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return loader.from_config(config).to(dtype).eval()
+
+
+def head(model: PreTrainedModel, tokenizer: Any, kind: str = "full", **options: Any) -> SigmoidHead:
+    """A head whose qualities are neither all 0 nor all 1."""
+    result = SigmoidHead.from_lm_head(model, tokenizer, kind=kind, **options)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in result.named_parameters():
+            if name in ("A", "token_bias"):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        result.shift += 3.0
+    return result
 
 
 def tokenizer_with(**attributes: Any) -> PreTrainedTokenizerFast:

@@ -23,7 +23,11 @@ _WORDS = "The capital of France is Paris, and the moon orbits the"
 def cases(settings: Settings) -> list[Callable[[], Case]]:
     if settings.quick:
         tiny = partial(random_lm, vocab_size=2000, hidden_size=32)
-        return [partial(generate, _RANDOM, tiny, 2, 4), partial(score, _RANDOM, tiny, 2, 16)]
+        return [
+            partial(generate, _RANDOM, tiny, 2, 4),
+            partial(attached, _RANDOM, tiny, 2, 4),
+            partial(score, _RANDOM, tiny, 2, 16),
+        ]
     small = partial(random_lm, vocab_size=128256, hidden_size=256)
     lms: tuple[tuple[str, Loader], ...] = ((_RANDOM, small), (_SMOLLM2, _smollm2))
     return [
@@ -31,6 +35,7 @@ def cases(settings: Settings) -> list[Callable[[], Case]]:
         for name, load in lms
         for case in (
             *(partial(generate, name, load, prompts, 32) for prompts in (1, 8)),
+            partial(attached, name, load, 8, 64),
             partial(score, name, load, 8, 128),
         )
     ]
@@ -108,6 +113,72 @@ def generate(name: str, load: Loader, rows: int, new_tokens: int) -> Case:
         ],
         description=f"{new_tokens} tokens, greedy, N prompts at a time",
     )
+
+
+def attached(name: str, load: Loader, rows: int, new_tokens: int) -> Case:
+    """What ``pyqe.attach`` adds to the model's own ``generate``."""
+    try:
+        model, tokenizer = load()
+    except (FileNotFoundError, ImportError) as error:
+        return _absent("attach", name, rows, error)
+    head = pyqe.SigmoidHead.from_lm_head(model, tokenizer)
+    options: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "do_sample": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "return_dict_in_generate": True,
+    }
+
+    def inputs() -> tuple[Any, ...]:
+        batch = tokenizer([_WORDS] * rows, return_tensors="pt", padding=True, padding_side="left")
+        return batch["input_ids"], batch["attention_mask"]
+
+    def written(output: Any, ids: Tensor) -> Outcome:
+        return {"tokens": output.sequences[:, ids.shape[1] :]}
+
+    def with_quality(ids: Tensor, mask: Tensor) -> Outcome:
+        with pyqe.attach(model, head):
+            output = model.generate(ids, attention_mask=mask, **options)
+        found = {name: output[name] for name in ("token_quality", "token_prob", "token_entropy")}
+        return {**written(output, ids), **found}
+
+    def plain(ids: Tensor, mask: Tensor) -> Outcome:
+        return written(model.generate(ids, attention_mask=mask, **options), ids)
+
+    def published(ids: Tensor, mask: Tensor) -> Outcome:
+        output = model.generate(ids, attention_mask=mask, output_hidden_states=True, output_logits=True, **options)
+        new = written(output, ids)
+        return {**new, **_both_heads(output, head, new["tokens"])}
+
+    return Case(
+        "generate",
+        "attach",
+        _facts(name, rows, model),
+        inputs,
+        [
+            Rival("pyqe", with_quality, "quality of a full head, probability, entropy"),
+            Rival("model.generate", plain, "no quality"),
+            Rival("authors", published, "hidden states and logits of all steps, both heads over the vocabulary"),
+        ],
+        logit_bytes=4 * rows * new_tokens * head.config.vocab_size,
+        description=f"{new_tokens} tokens, greedy, N prompts at a time",
+    )
+
+
+@torch.inference_mode()
+def _both_heads(output: Any, head: pyqe.SigmoidHead, tokens: Tensor) -> Outcome:
+    """Scores of an output with hidden states and logits, from softmax and sigmoid of every token."""
+    hidden = torch.stack([states[-1][:, -1] for states in output.hidden_states], 1).float()  # [B, T, D]
+    weight = head.get_parameter("weight")
+    sigmoid = torch.sigmoid(head.scale * (hidden @ weight.T) + head.shift)
+    logprobs = torch.stack(output.logits, 1).log_softmax(-1)
+    probs = logprobs.exp()
+    return {
+        "token_quality": sigmoid.gather(2, tokens[..., None])[..., 0],
+        "token_prob": probs.gather(2, tokens[..., None])[..., 0],
+        "token_entropy": -(probs * logprobs).sum(-1),
+    }
 
 
 def score(name: str, load: Loader, rows: int, length: int) -> Case:
