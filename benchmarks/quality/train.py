@@ -38,7 +38,7 @@ class Recipe:
         pos_weight: of the positives.
         distil: weight of a term that gives other dominant tokens their BoostedProb as a label.
         lr: at its highest, after 20 steps; a cosine down to 0.
-        scale_lr: the same for scale and shift, which move further.
+        scale_lr: the same for scale and shift.
         epochs: over the text.
         rows: positions in a step.
         text: how many tokens of each kind of text; fewer if there are fewer.
@@ -62,7 +62,7 @@ class Recipe:
     pos_weight: float | Literal["balance"] = 1.0
     distil: float = 0.0
     lr: float = 3e-4
-    scale_lr: float = 1e-3
+    scale_lr: float = 3e-4
     epochs: float = 1.0
     rows: int = 1024
     text: tuple[tuple[str, int], ...] = (("postedits", 300_000),)
