@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Kind = Literal["full", "low_rank", "rescaling"]
 Base = Literal["logit", "logprob"]
 
-# Where training on SmolLM2-135M stays; a bare copy of the logits (1, 0) starts at a loss of 8 and takes very long.
+# Near where training on SmolLM2-135M ends; a bare copy of the logits (1, 0) starts at a loss of 8 and takes very long.
 _START = {"logit": (0.3, -5.0), "logprob": (1.0, 3.0)}
 _WEIGHTS_FILE, _CONFIG_FILE = "model.safetensors", "config.json"
 

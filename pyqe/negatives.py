@@ -38,8 +38,7 @@ class NegativeSampler:
         sources: one or more of "softmax", "unigram", "uniform".
         num_negatives: negatives per position, K.
         combination: "independent", "mixture" or "product".
-        temperature: T of the softmax source; > 0. The authors take 2; 1, the tokens that the LM would write itself, is
-            the better one in ``make quality``.
+        temperature: T of the softmax source; > 0. At 1 it draws what the LM would write itself; the authors take 2.
         counts: how many each source draws (independent only); default an even split, remainder to the last.
         weights: weight of each source (mixture only); default equal.
         exclude: rule whose tokens are never negatives, or None.

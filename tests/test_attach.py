@@ -47,16 +47,6 @@ HEADS: list[dict[str, Any]] = [
     {"kind": "low_rank", "base": "logprob", "rank": 4},
     {"kind": "low_rank", "base": "logit", "rank": 4},
 ]
-GENERATION: list[dict[str, Any]] = [
-    {},
-    {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.3},
-    {"do_sample": True, "top_k": 3, "num_return_sequences": 3},
-    {"num_beams": 3},
-    {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 2.0, "early_stopping": True},
-    {"num_beams": 3, "do_sample": True, "temperature": 2.0},
-    {"min_new_tokens": 5, "no_repeat_ngram_size": 2},
-    {"use_cache": False},
-]
 DICT: dict[str, Any] = {"return_dict_in_generate": True}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,7 +109,7 @@ def _assert_scores(output: Any, start: int, items: list[ScoredText], atol: float
 # --- the scores
 
 
-@pytest.mark.parametrize("options", GENERATION, ids=str)
+@pytest.mark.parametrize("options", tiny.GENERATION, ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_scores_are_those_of_the_estimator(kind: str, options: dict[str, Any]) -> None:
     model = _attached(kind)
@@ -350,7 +340,7 @@ def test_without_a_head() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [*GENERATION, {"prompt_lookup_num_tokens": 2, "input_ids": torch.arange(3, 9)[None]}]
+    "options", [*tiny.GENERATION, {"prompt_lookup_num_tokens": 2, "input_ids": torch.arange(3, 9)[None]}]
 )
 def test_without_return_dict_nothing_changes(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     plain, model = _model(), _attached()

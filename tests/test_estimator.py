@@ -459,19 +459,7 @@ def _check_generated(qe: QualityEstimator, item: ScoredText, prompt: str) -> Non
         _check(item, _expected(qe, before, item.token_ids, source), atol=5e-6)
 
 
-GENERATION: list[dict[str, Any]] = [
-    {},
-    {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.3},
-    {"do_sample": True, "top_k": 3, "num_return_sequences": 3},
-    {"num_beams": 3},
-    {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 2.0, "early_stopping": True},
-    {"num_beams": 3, "do_sample": True, "temperature": 2.0},
-    {"min_new_tokens": 5, "no_repeat_ngram_size": 2},
-    {"use_cache": False},
-]
-
-
-@pytest.mark.parametrize("options", GENERATION, ids=str)
+@pytest.mark.parametrize("options", tiny.GENERATION, ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_generated_scores_are_those_of_the_raw_logits(kind: str, options: dict[str, Any]) -> None:
     qe = _estimator(kind)

@@ -25,6 +25,18 @@ from transformers import (
 
 from pyqe import SigmoidHead
 
+# Options of generate
+GENERATION: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.3},
+    {"do_sample": True, "top_k": 3, "num_return_sequences": 3},
+    {"num_beams": 3},
+    {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 2.0, "early_stopping": True},
+    {"num_beams": 3, "do_sample": True, "temperature": 2.0},
+    {"min_new_tokens": 5, "no_repeat_ngram_size": 2},
+    {"use_cache": False},
+]
+
 TEXTS = [
     "The cat sat on the mat.",
     "A dog, and another dog!",

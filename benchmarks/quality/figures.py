@@ -63,7 +63,7 @@ def _signals(signals: Mapping[str, Any]) -> Figure:
 def _rank(recipes: list[dict[str, Any]]) -> Figure:
     """Low-rank heads by rank; the full and the rescaling head, and the softmax probability, as lines."""
     figure, panels = _panels(len(DECIDING))
-    ranked = [row for row in recipes if row["group"] in ("chosen", "rank") and row["recipe"]["kind"] == "low_rank"]
+    ranked = [row for row in recipes if row["group"] in ("small", "rank") and row["recipe"]["kind"] == "low_rank"]
     ranked.sort(key=lambda row: row["recipe"]["rank"])
     lines = {row["name"]: row for row in recipes if row["group"] == "head" and row["name"] in ("full", "rescaling")}
     for axes, (task, kind) in zip(panels, DECIDING, strict=True):

@@ -175,7 +175,7 @@ def _translator_table(results: dict[str, Any]) -> list[str]:
 
 
 def _recipe_tables(results: dict[str, Any], pictures: Mapping[str, str]) -> list[str]:
-    lines = ["## Recipes", "", "Each differs from the chosen one in one thing. Gain: mean difference of"]
+    lines = ["## Recipes", "", "In each group one thing of the recipe *small* changes. Gain: mean difference of"]
     lines += [
         f"{'; '.join(_TITLES[key] for key in DECIDING)} to the {REFERENCE}.",
         "",

@@ -126,7 +126,7 @@ class Study:
 
     @cached_property
     def texts(self) -> Texts:
-        names = sorted({name for _, _, recipe in self.table for name in recipe.tokens})
+        names = sorted({name for _, _, recipe in self.table for name, _ in recipe.text})
         return texts(self.lm, names, HELD_OUT, self.settings.limit)
 
     @cached_property

@@ -12,26 +12,24 @@ import pyqe
 from benchmarks.quality.states import BATCH, LanguageModel
 from benchmarks.quality.train import Recipe, sampler
 from pyqe.heads import SigmoidHead
-from pyqe.lm_head import capture_hidden
 from pyqe.training import RowAdam, TextDataset, TrainingModule, collate
 
 ROUNDS = 7
 
 
-def measure(lm: LanguageModel, recipe: Recipe, texts: Sequence[str], block_size: int = 256) -> dict[str, float]:
+def measure(lm: LanguageModel, recipe: Recipe, texts: Sequence[str]) -> dict[str, float]:
     """Tokens a second, medians of interleaved rounds on one batch of packed text.
 
     Args:
         lm: the language model.
         recipe: of the head.
         texts: enough for a batch of BATCH blocks, else the batch is smaller.
-        block_size: tokens in a block.
 
     Returns:
-        ``forward``: the model's own forward pass with its logits; ``hidden``: the same without logits; ``training``:
-        the whole of a training step, from token ids to updated parameters; ``share``: time of training over forward.
+        ``forward``: the model's own forward pass with its logits; ``training``: the whole of a training step, from
+        token ids to updated parameters; ``share``: time of training over forward.
     """
-    blocks = TextDataset(lm.tokenizer, texts, block_size=block_size)
+    blocks = TextDataset(lm.tokenizer, texts)
     batch = collate([blocks[number] for number in range(min(BATCH, len(blocks)))])
     head = SigmoidHead.from_lm_head(lm.model, lm.tokenizer, kind=recipe.kind, rank=recipe.rank, base=recipe.base)
     loss = pyqe.SigmoidHeadLoss(sampler(recipe, blocks.targets, lm.head.vocab_size))
@@ -42,19 +40,14 @@ def measure(lm: LanguageModel, recipe: Recipe, texts: Sequence[str], block_size:
         with torch.no_grad():
             lm.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
-    def hidden() -> None:
-        with torch.no_grad(), capture_hidden(lm.model, skip_logits=True):
-            forward()
-
     def training() -> None:
         optimizer.zero_grad(set_to_none=True)
         module(**batch)["loss"].backward()
         optimizer.step()
 
-    seconds = _interleaved([forward, hidden, training])
+    alone, whole = _interleaved([forward, training])
     tokens = batch["input_ids"].numel()
-    rates = {name: tokens / taken for name, taken in zip(("forward", "hidden", "training"), seconds, strict=True)}
-    return {**rates, "share": seconds[2] / seconds[0]}
+    return {"forward": tokens / alone, "training": tokens / whole, "share": whole / alone}
 
 
 def _interleaved(functions: Sequence[Callable[[], None]]) -> list[float]:

@@ -69,10 +69,6 @@ class Recipe:
     layer: int | None = None
     seed: int = 0
 
-    @property
-    def tokens(self) -> dict[str, int]:
-        return dict(self.text)
-
 
 @dataclass(frozen=True)
 class TrainingData:
