@@ -19,6 +19,11 @@ LITERAL = replace(
 )
 
 _GROUPS: dict[str, dict[str, Recipe]] = {
+    "all the text": {  # of the chosen one
+        "lr 5e-4": replace(CHOSEN, lr=5e-4),
+        "nothing excluded": replace(CHOSEN, exclude=None),
+        "nothing excluded, lr 5e-4": replace(CHOSEN, exclude=None, lr=5e-4),
+    },
     "small": {"a third of the text, twice": SMALL},
     "head": {
         "literal recipe of the authors": LITERAL,

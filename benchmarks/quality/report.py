@@ -26,6 +26,8 @@ _TITLES = {
     ("blimp", "accuracy"): "minimal pairs, accuracy",
 }
 
+_COMPARED = ("a third of the text, twice", "full", "literal recipe of the authors")  # recipes in the first lines
+
 
 def write(results: dict[str, Any], folder: Path) -> None:
     """``results.json``, ``report.md`` and the figures."""
@@ -99,27 +101,46 @@ def _introduction(results: dict[str, Any]) -> list[str]:
 
 
 def _verdicts(results: dict[str, Any]) -> list[str]:
-    found = {key: results["signals"][HEAD][key[0]]["differences"]["test"][key[1]] for key in DECIDING}
-    better = [_TITLES[key] for key, one in found.items() if one["low"] > 0]
-    worse = [_TITLES[key] for key, one in found.items() if one["high"] < 0]
-    chosen, best = results["recipes"][0], max(results["recipes"], key=lambda row: row["gain"]["dev"])
-    lines = [
+    found = {_TITLES[key]: results["signals"][HEAD][key[0]]["differences"]["test"][key[1]] for key in DECIDING}
+    better = [name for name, one in found.items() if one["low"] > 0]
+    worse = [name for name, one in found.items() if one["high"] < 0]
+    words = {
+        of: signals[HEAD]["Brier difference"] for of, signals in results["calibration"].items() if REFERENCE in signals
+    }
+    return [
         "## In short",
         "",
         f"* The chosen head beats the {REFERENCE} on test, the interval being above 0, on {len(better)} of "
         f"{len(found)}: {'; '.join(better) or 'none'}.",
+        *([f"* It is worse, the interval being below 0, on: {'; '.join(worse)}."] if worse else []),
+        f"* Brier score, of the head less of the {REFERENCE}: "
+        + "; ".join(f"{of} {_interval(one)}" for of, one in words.items())
+        + ".",
+        *_recipe_verdicts(results["recipes"]),
+        "",
     ]
-    lines += [f"* It is worse, the interval being below 0, on: {'; '.join(worse)}."] if worse else []
-    lines.append(
-        f"* Mean gain of these {len(found)} figures: chosen {chosen['gain']['dev']:+.3f} on dev, "
-        f"{chosen['gain']['test']:+.3f} on test; best on dev is *{best['name']}* with {best['gain']['dev']:+.3f} "
-        f"({best['gain']['test']:+.3f} on test)."
-    )
-    seeds = [row for row in results["recipes"] if row["group"] in ("chosen", "seed")]
+
+
+def _recipe_verdicts(recipes: list[dict[str, Any]]) -> list[str]:
+    """What the mean gain says of the chosen recipe beside others."""
+    chosen, best = recipes[0], max(recipes, key=lambda row: row["gain"]["dev"])
+    lines = [
+        f"* Mean gain of these {len(DECIDING)} figures: chosen {_gain(chosen)}; best on dev is *{best['name']}* "
+        f"({best['group']}) with {_gain(best)}."
+    ]
+    seeds = [row["gain"]["test"] for row in recipes if row["group"] in ("chosen", "seed")]
     if len(seeds) > 1:
-        gains = [row["gain"]["test"] for row in seeds]
-        lines.append(f"* Over {len(seeds)} seeds the gain on test is {min(gains):+.3f} to {max(gains):+.3f}.")
-    return [*lines, ""]
+        lines.append(f"* Over {len(seeds)} seeds the gain on test is {min(seeds):+.3f} to {max(seeds):+.3f}.")
+    named = {row["name"]: row for row in recipes if row["group"] in ("small", "head")}
+    compared = [named[name] for name in _COMPARED if name in named]
+    return [
+        *lines,
+        *(f"* {row['name']} ({row['training']['parameters']:,} parameters): {_gain(row)}." for row in compared),
+    ]
+
+
+def _gain(row: dict[str, Any]) -> str:
+    return f"{row['gain']['dev']:+.3f} on dev, {row['gain']['test']:+.3f} on test"
 
 
 def _signal_tables(results: dict[str, Any], pictures: Mapping[str, str]) -> list[str]:
@@ -175,8 +196,9 @@ def _translator_table(results: dict[str, Any]) -> list[str]:
 
 
 def _recipe_tables(results: dict[str, Any], pictures: Mapping[str, str]) -> list[str]:
-    lines = ["## Recipes", "", "In each group one thing of the recipe *small* changes. Gain: mean difference of"]
+    lines = ["## Recipes", "", "In each group one thing of the recipe *small* changes (in *all the text*,"]
     lines += [
+        "of the chosen one). Gain: mean difference of",
         f"{'; '.join(_TITLES[key] for key in DECIDING)} to the {REFERENCE}.",
         "",
         f"![rank and AUROC]({pictures['rank']})",
