@@ -20,6 +20,7 @@ LITERAL = replace(
 
 _GROUPS: dict[str, dict[str, Recipe]] = {
     "all the text": {  # of the chosen one
+        "scale and shift at lr 1e-2": replace(CHOSEN, scale_lr=1e-2),
         "lr 5e-4": replace(CHOSEN, lr=5e-4),
         "nothing excluded": replace(CHOSEN, exclude=None),
         "nothing excluded, lr 5e-4": replace(CHOSEN, exclude=None, lr=5e-4),
@@ -29,9 +30,10 @@ _GROUPS: dict[str, dict[str, Recipe]] = {
         "literal recipe of the authors": LITERAL,
         "full": replace(SMALL, kind="full"),
         "full, lr 1e-3": replace(SMALL, kind="full", lr=1e-3),
+        "full, lr 1e-3 and 1e-2, 8 epochs": replace(SMALL, kind="full", lr=1e-3, scale_lr=1e-2, epochs=8.0),
         "full, the authors' negatives": replace(SMALL, kind="full", temperature=2.0, exclude="jump:first"),
-        "rescaling": replace(SMALL, kind="rescaling"),
-        "rescaling of the logit": replace(SMALL, kind="rescaling", base="logit"),
+        "rescaling": replace(SMALL, kind="rescaling", scale_lr=1e-2),
+        "rescaling of the logit": replace(SMALL, kind="rescaling", base="logit", scale_lr=1e-2),
         "low-rank on the logit": replace(SMALL, base="logit"),
         "no bias of tokens": replace(SMALL, token_bias=False),
         "starts at scale .5": replace(SMALL, start=(0.5, 1.0)),
