@@ -22,6 +22,7 @@ from pyqe.training.callback import _FOLDER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+DROPOUT = ("dropout", "attention_dropout", "dropout_rate", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 EVERYTHING = pyqe.SigmoidHeadLoss()  # over the whole vocabulary: nothing in it is random
 
 
@@ -143,10 +144,7 @@ def test_the_model_learns_what_it_learns_alone(tmp_path: Path, make: Any) -> Non
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "cohere", "bart", "t5"])
 def test_its_loss_is_that_of_the_training_module(tmp_path: Path, kind: str) -> None:
-    lm = model(kind)
-    for module in lm.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    lm = model(kind, **dict.fromkeys(DROPOUT, 0.0))
     first, beside = FirstBatch(lm), callback(lm, EVERYTHING)
     data = sequence_pairs() if lm.config.is_encoder_decoder else None
     run = trainer(tmp_path, lm, [beside], data, max_steps=1)
@@ -224,7 +222,7 @@ def test_compiled_model(tmp_path: Path) -> None:
     for options in ({"torch_compile": True, "torch_compile_backend": "eager"}, {}):
         lm = model()
         data = [item for item in text_data() if len(item["input_ids"]) == 16]  # of one shape
-        run = trainer(tmp_path, lm, [callback(lm)], data, max_steps=2, **options)
+        run = trainer(tmp_path, lm, [callback(lm)], data, max_steps=1, **options)
         run.train()
         losses.append(logged(run, "head_loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -299,7 +297,7 @@ def test_models_of_peft(tmp_path: Path) -> None:
     run = sft_trainer(tmp_path, adapted, [beside], eval_strategy="steps", eval_steps=6, eval_on_start=True)
     run.train()
     before, _, after = logged(run, "eval_head_loss")
-    assert after < 0.9 * before
+    assert after < 0.95 * before
     lm = model()
     adapted = peft.get_peft_model(lm, peft.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="adapter"):
