@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -371,6 +372,12 @@ def test_a_head_of_another_model_or_tokenizer_is_refused(tmp_path: Path) -> None
         trainer(tmp_path, lm, [beside]).train()
     with pytest.raises(HeadMismatchError, match="hidden_size"):
         beside.attach(model(hidden_size=16))
+
+
+def test_one_process_for_several_gpus_is_refused() -> None:
+    lm = model()
+    with pytest.raises(ValueError, match="torchrun"):
+        callback(lm).on_train_begin(SimpleNamespace(n_gpu=2), None, None, model=lm)
 
 
 def test_losses_that_are_no_means_are_refused() -> None:

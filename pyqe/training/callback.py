@@ -159,6 +159,8 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
+        if args.n_gpu > 1:
+            raise ValueError("expected a process for each GPU (torchrun, accelerate launch), got one for all of them")
         if _processes() > 1 and self.loss.sparse_grad:
             raise ValueError("loss: expected dense gradients with several processes, got sparse_grad=True")
         self.attach(model, tokenizer)
