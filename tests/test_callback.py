@@ -221,7 +221,7 @@ def test_sparse_gradients(tmp_path: Path) -> None:
 def test_compiled_model(tmp_path: Path) -> None:
     losses = []
     for options in ({"torch_compile": True, "torch_compile_backend": "eager"}, {}):
-        lm = model()
+        lm = model(num_hidden_layers=1)
         data = [item for item in text_data() if len(item["input_ids"]) == 16]  # of one shape
         run = trainer(tmp_path, lm, [callback(lm)], data, max_steps=1, **options)
         run.train()

@@ -1,4 +1,4 @@
-"""A Sigmoid Head that is trained beside a language model, in whatever trains the model."""
+"""A Sigmoid Head that is trained beside a language model, in the Trainer that trains the model."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError(f"loss: expected reduction 'mean', got {loss.reduction!r}")
         self.head = head.requires_grad_(True)
         self.loss = loss
-        self.optimizer = RowAdam(parameter_groups(head, affine_learning_rate), lr=learning_rate)
+        self.learning_rate, self.affine_learning_rate = learning_rate, affine_learning_rate
         self._attachment = ExitStack()
         self._hidden: Tensor | None = None
         self._generators = {training: torch.Generator().manual_seed(_EVAL_SEED) for training in (True, False)}
         self._clear()
 
     def _clear(self) -> None:
-        self.optimizer.zero_grad()
+        self.head.zero_grad()
         self._positions: int | None = None  # labelled ones since the last step, in this process
         self._losses = {training: torch.zeros(2) for training in (True, False)}  # sum, number of positions
 
@@ -166,7 +166,8 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
         self.attach(model, tokenizer)
         if tokenizer is not None:
             self.head.config.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
-        self._schedule = get_cosine_schedule_with_warmup(self.optimizer, 0, state.max_steps)
+        self._optimizer = RowAdam(parameter_groups(self.head, self.affine_learning_rate), lr=self.learning_rate)
+        self._schedule = get_cosine_schedule_with_warmup(self._optimizer, 0, state.max_steps)
         if state.global_step:
             self._load(_checkpoint(args, state.global_step))
         for parameter in self.head.parameters():
@@ -184,13 +185,11 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
             )
         count = _sum(torch.tensor(float(self._positions), device=self.head.scale.device))
         for parameter in self.head.parameters():
-            if _processes() > 1 and parameter.grad is None:  # no labels in this process
-                parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
                 parameter.grad = _sum(parameter.grad) / count.clamp(min=1)
-        self.optimizer.step()
+        self._optimizer.step()
         self._schedule.step()
-        self.optimizer.zero_grad()
+        self._optimizer.zero_grad()
         self._positions = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -217,7 +216,7 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
         if args.should_save:
             folder = _checkpoint(args, state.global_step)
             self.head.save_pretrained(folder)
-            states = {"optimizer": self.optimizer.state_dict(), "schedule": self._schedule.state_dict()}
+            states = {"optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()}
             torch.save(states, folder / _OPTIMIZER_FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -228,7 +227,7 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
     def _load(self, folder: Path) -> None:
         self._load_head(folder)
         states = torch.load(folder / _OPTIMIZER_FILE, weights_only=True, map_location=self.head.scale.device)
-        self.optimizer.load_state_dict(states["optimizer"])
+        self._optimizer.load_state_dict(states["optimizer"])
         self._schedule.load_state_dict(states["schedule"])
 
     def _load_head(self, folder: Path) -> None:
