@@ -1,17 +1,20 @@
-"""Training a Sigmoid Head on a frozen language model, on transformers' Trainer (``pip install pyqe[train]``)."""
+"""Training a Sigmoid Head, on transformers' Trainer and in others (``pip install pyqe[train]``)."""
 
+from pyqe.training.callback import SigmoidHeadCallback
 from pyqe.training.data import HiddenStateDataset, TextDataset, collate
 from pyqe.training.module import TrainingModule
-from pyqe.training.optimizer import RowAdam
+from pyqe.training.optimizer import RowAdam, parameter_groups
 from pyqe.training.trainer import SigmoidHeadTrainer, SigmoidHeadTrainingArguments, StopOnInterrupt
 
 __all__ = [
     "HiddenStateDataset",
     "RowAdam",
+    "SigmoidHeadCallback",
     "SigmoidHeadTrainer",
     "SigmoidHeadTrainingArguments",
     "StopOnInterrupt",
     "TextDataset",
     "TrainingModule",
     "collate",
+    "parameter_groups",
 ]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyqe.heads import SigmoidHead
+
 
 class RowAdam(torch.optim.Optimizer):
     """Adam for parameters with sparse row gradients and with dense ones, in one optimizer.
@@ -72,3 +74,19 @@ class RowAdam(torch.optim.Optimizer):
         correction = (1 - betas[1] ** state["step"]) ** 0.5 / (1 - betas[0] ** state["step"])
         denominator = square.sqrt() + eps * (1 - betas[1] ** state["step"]) ** 0.5
         parameter[rows] = parameter[rows] - lr * correction * mean / denominator
+
+
+def parameter_groups(head: SigmoidHead, affine_learning_rate: float = 1e-2) -> list[dict[str, Any]]:
+    """A head's parameters for an optimizer: scale and shift, which move much further, at a learning rate of their own.
+
+    Args:
+        head: the head.
+        affine_learning_rate: of scale and shift; the weights have the optimizer's.
+
+    Returns:
+        the two groups, or one where there are no weights (a rescaling head).
+    """
+    affine = [head.scale, head.shift]
+    rest = [p for p in head.parameters() if p.requires_grad and all(p is not a for a in affine)]
+    groups: list[dict[str, Any]] = [{"params": affine, "lr": affine_learning_rate}, {"params": rest}]
+    return [group for group in groups if group["params"]]

@@ -17,7 +17,7 @@ from pyqe.lm_head import LMHead
 from pyqe.losses import SigmoidHeadLoss
 from pyqe.training.data import collate
 from pyqe.training.module import TrainingModule
-from pyqe.training.optimizer import RowAdam
+from pyqe.training.optimizer import RowAdam, parameter_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,10 +85,7 @@ class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW in two groups, as scale and shift have a learning rate of their own; :class:`RowAdam` if sparse."""
         if self.optimizer is None:  # type: ignore[has-type]
-            affine = [self.head.scale, self.head.shift]
-            rest = [p for p in self.head.parameters() if p.requires_grad and all(p is not a for a in affine)]
-            groups = [{"params": affine, "lr": self.args.affine_learning_rate}, {"params": rest}]
-            groups = [group for group in groups if group["params"]]
+            groups = parameter_groups(self.head, self.args.affine_learning_rate)
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             options = {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon}
             self.optimizer = (
