@@ -52,7 +52,7 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
         head: the head, made for the model.
         loss: with reduction "mean".
         learning_rate: of the weights.
-        affine_learning_rate: of scale and shift, which move much further.
+        affine_learning_rate: of scale and shift; default see :func:`parameter_groups`.
 
     Raises:
         ValueError: a loss that is not a mean.
@@ -67,7 +67,7 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
         loss: SigmoidHeadLoss,
         *,
         learning_rate: float = 3e-4,
-        affine_learning_rate: float = 1e-2,
+        affine_learning_rate: float | None = None,
     ) -> None:
         if loss.reduction != "mean":
             raise ValueError(f"loss: expected reduction 'mean', got {loss.reduction!r}")

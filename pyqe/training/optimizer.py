@@ -76,17 +76,21 @@ class RowAdam(torch.optim.Optimizer):
         parameter[rows] = parameter[rows] - lr * correction * mean / denominator
 
 
-def parameter_groups(head: SigmoidHead, affine_learning_rate: float = 1e-2) -> list[dict[str, Any]]:
-    """A head's parameters for an optimizer: scale and shift, which move much further, at a learning rate of their own.
+def parameter_groups(head: SigmoidHead, affine_learning_rate: float | None = None) -> list[dict[str, Any]]:
+    """A head's parameters for an optimizer: scale and shift, and the weights.
 
     Args:
         head: the head.
-        affine_learning_rate: of scale and shift; the weights have the optimizer's.
+        affine_learning_rate: of scale and shift; default the optimizer's for a low-rank head, which starts near where
+            they end, and 1e-2 for others, whose scale and shift move much further than the weights.
 
     Returns:
         the two groups, or one where there are no weights (a rescaling head).
     """
+    if affine_learning_rate is None and head.config.kind != "low_rank":
+        affine_learning_rate = 1e-2
     affine = [head.scale, head.shift]
     rest = [p for p in head.parameters() if p.requires_grad and all(p is not a for a in affine)]
-    groups: list[dict[str, Any]] = [{"params": affine, "lr": affine_learning_rate}, {"params": rest}]
+    own = {} if affine_learning_rate is None else {"lr": affine_learning_rate}
+    groups: list[dict[str, Any]] = [{"params": affine, **own}, {"params": rest}]
     return [group for group in groups if group["params"]]

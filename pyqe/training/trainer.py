@@ -28,7 +28,7 @@ class SigmoidHeadTrainingArguments(TrainingArguments):  # type: ignore[misc]
     """transformers' arguments with the published recipe as defaults: cosine from 1e-4, 3 epochs, no clipping.
 
     Attributes:
-        affine_learning_rate: of the head's scale and shift, which move much further than the weights.
+        affine_learning_rate: of the head's scale and shift; default see :func:`parameter_groups`.
     """
 
     learning_rate: float = field(default=1e-4)
@@ -37,7 +37,7 @@ class SigmoidHeadTrainingArguments(TrainingArguments):  # type: ignore[misc]
     max_grad_norm: float = field(default=0.0)
     remove_unused_columns: bool = field(default=False)
     report_to: Any = field(default="none")
-    affine_learning_rate: float = field(default=1e-2)
+    affine_learning_rate: float | None = field(default=None)
 
 
 class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
