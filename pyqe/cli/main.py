@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pyqe import __version__
-from pyqe.cli import bench, calibrate, choice, demo, doctor, eval, generate, report, score, train
+from pyqe.cli import bench, calibrate, choice, demo, doctor, eval, generate, report, score, serve, train
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -60,6 +60,7 @@ def main() -> None:
     pyqe train -m MODEL texts.txt -o head         train a Sigmoid Head on a frozen LM
     pyqe score texts.jsonl -m MODEL --head head   a quality for every token of given text
     pyqe generate prompts.txt -m MODEL            generate, with a quality for every token
+    pyqe serve -m MODEL --head head               serve it over HTTP as OpenAI does
     pyqe choice questions.jsonl -m MODEL          answer multiple-choice questions, with the model's uncertainty
     pyqe report scores.jsonl -o report.html       what score or generate wrote, as a page
     pyqe eval answers.jsonl                       how good their confidences are
@@ -73,5 +74,5 @@ def main() -> None:
     """
 
 
-for module in (demo, train, score, generate, choice, report, eval, calibrate, bench, doctor):
+for module in (demo, train, score, generate, serve, choice, report, eval, calibrate, bench, doctor):
     main.add_command(module.command)

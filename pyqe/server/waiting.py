@@ -1,0 +1,77 @@
+"""A request's side of the engine: its rows' news in the event loop, its deadline, and the client that may go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from pyqe.server.errors import ApiError
+from pyqe.server.rows import Row
+
+
+class Answers:
+    """News of a request's rows, from the engine's thread, until all are done.
+
+    What ends the wait comes the same way as an exception: the engine's failure, the deadline, the client's leaving.
+
+    Args:
+        rows: not submitted yet.
+        seconds: until the deadline.
+    """
+
+    def __init__(self, rows: Sequence[Row], seconds: float) -> None:
+        self._rows = rows
+        self._news: asyncio.Queue[Any] = asyncio.Queue()
+        self._seconds = seconds
+        loop = asyncio.get_running_loop()
+
+        def report(item: Any) -> None:
+            with suppress(RuntimeError):  # of a loop that is closed: nobody waits
+                loop.call_soon_threadsafe(self._news.put_nowait, item)
+
+        for row in rows:
+            row.report = report
+
+    async def news(self) -> AsyncGenerator[Any, None]:
+        """What the rows report.
+
+        Raises:
+            ApiError: it came to nothing.
+        """
+        late = ApiError(504, f"no complete answer within {self._seconds:g} seconds")
+        deadline = asyncio.get_running_loop().call_later(self._seconds, self._news.put_nowait, late)
+        waiting = len(self._rows)
+        try:
+            while waiting:
+                item = await self._news.get()
+                if isinstance(item, ApiError):
+                    raise item
+                waiting -= item.is_last
+                yield item
+        finally:
+            deadline.cancel()
+            for row in self._rows:
+                row.cancelled = True
+
+    async def all(self, receive: Callable[[], Awaitable[Any]]) -> list[Any]:
+        """All news, unless the client goes.
+
+        Args:
+            receive: of ASGI, after the request's body.
+
+        Raises:
+            ApiError: it came to nothing.
+        """
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self._news.put_nowait(ApiError(499, "the client has gone"))
+
+        watcher = asyncio.create_task(watch())
+        try:
+            return [item async for item in self.news()]
+        finally:
+            watcher.cancel()
