@@ -21,11 +21,11 @@ from pyqe.server.answers import ChatForm, CompletionForm, Form, Json, quality, t
 from pyqe.server.engine import Engine
 from pyqe.server.errors import ApiError
 from pyqe.server.guard import Guard
-from pyqe.server.json import JsonResponse, dumps
 from pyqe.server.limits import Limits
 from pyqe.server.metrics import Metrics
 from pyqe.server.model import ServedModel
 from pyqe.server.requests import ChatRequest, CompletionRequest, Generation, ScoreRequest, chat
+from pyqe.server.responses import JsonResponse, dumps
 from pyqe.server.rows import News, Sampling, ScoreNews, ScoreRow, Token, WriteRow
 from pyqe.server.waiting import Answers
 
@@ -193,7 +193,7 @@ class Service:
     ) -> list[WriteRow]:
         """A row for each answer, those to one prompt together."""
         rows: list[WriteRow] = []
-        for prompt in prompts:
+        for prompt in (prompt for prompt in prompts for _ in range(body.n)):
             sampling = Sampling(
                 max_tokens=self._max_tokens(len(prompt), wanted, default, param),
                 temperature=body.temperature,
@@ -203,7 +203,7 @@ class Service:
                 top_logprobs=top,
                 stream=body.stream,
             )
-            rows += (self.model.write_row(len(rows) + i, prompt, sampling) for i in range(body.n))
+            rows.append(self.model.write_row(len(rows), prompt, sampling))
         return rows
 
     def _max_tokens(self, reads: int, wanted: int | None, default: int, param: str) -> int:

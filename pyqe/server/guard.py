@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from pyqe.server.errors import ApiError, ServerError
-from pyqe.server.json import JsonResponse
 from pyqe.server.limits import Limits
 from pyqe.server.metrics import Metrics
+from pyqe.server.responses import JsonResponse
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
