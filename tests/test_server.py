@@ -53,11 +53,13 @@ def estimator(kind: str = "llama", *, with_head: bool = True, **options: Any) ->
 
 
 @contextmanager
-def serving(served: QualityEstimator, limits: Limits | None = None, **options: Any) -> Iterator[httpx.Client]:
+def serving(
+    served: QualityEstimator, limits: Limits | None = None, *, grace: int = 10, **options: Any
+) -> Iterator[httpx.Client]:
     """A client of a server on a thread of this process."""
     app = create_app(served, name="tiny", limits=limits, **options)
     with socket.create_server(("127.0.0.1", 0)) as listening:  # takes connections before the server does
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=grace))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
@@ -75,7 +77,7 @@ def offline() -> QualityEstimator:
 
 @pytest.fixture(scope="module")
 def client(offline: QualityEstimator) -> Iterator[httpx.Client]:
-    limits = Limits(batch_size=8, max_tokens=32, rows=8, body_bytes=20_000, body_seconds=0.5)
+    limits = Limits(batch_size=8, max_tokens=32, rows=8, body_bytes=20_000, body_seconds=2)
     with serving(estimator(), limits) as found:
         yield found
 
@@ -634,6 +636,30 @@ def test_stopping_refuses_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0].written < 40
 
 
+def test_a_stop_that_takes_too_long_cuts_answers_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    with held(monkeypatch) as (came, go_on, rows):
+        lost: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                complete(client, prompt="x", max_tokens=40)
+            except httpx.HTTPError as error:
+                lost.append(error)
+
+        asking = threading.Thread(target=ask)
+
+        def go_on_when_cut_off() -> None:
+            until(lambda: rows[0].cancelled)
+            go_on.set()
+
+        with serving(estimator(), grace=1) as client:
+            asking.start()
+            assert came.wait(60)
+            threading.Thread(target=go_on_when_cut_off).start()
+        asking.join()
+        assert (len(lost), rows[0].written) == (1, 1)
+
+
 # --- under load
 
 
@@ -643,17 +669,20 @@ def test_load(offline: QualityEstimator) -> None:
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "one", "two", "three", "four", "five"]
     prompts = [" ".join(generator.choices(words, k=generator.randint(1, 5))) + str(i) for i in range(100)]
     lengths = [generator.randint(1, 20) for _ in prompts]
-    limits = Limits(batch_size=8, body_bytes=10_000, body_seconds=0.3)
+    expected = [
+        offline.score([prompt], ["x"])[0] if i % 4 == 3 else offline.generate([prompt], max_new_tokens=length)[0]
+        for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    limits = Limits(batch_size=8, body_bytes=10_000, body_seconds=3)
     is_json = {"content-type": "application/json"}
 
     async def ask(client: httpx.AsyncClient, i: int) -> None:
         prompt = prompts[i]
         if i % 4 == 3:
             response = await client.post("/v1/score", json={"text": prompt, "prompt": "x"})
-            assert response.json()["results"] == [offline.score([prompt], ["x"])[0].to_dict()]
+            assert response.json()["results"] == [expected[i].to_dict()]
             return
         body = {"prompt": prompt, "max_tokens": lengths[i], "temperature": 0}
-        expected = offline.generate([prompt], max_new_tokens=lengths[i])[0]
         if i % 4 == 2:
             response = await client.post("/v1/completions", json={**body, "stream": True})
             *lines, _, _ = response.text.split("\n\n")
@@ -662,8 +691,8 @@ def test_load(offline: QualityEstimator) -> None:
             choice["quality"]["tokens"] = [score for piece in pieces for score in piece["quality"]["tokens"]]
         else:
             choice = (await client.post("/v1/completions", json=body)).json()["choices"][0]
-        assert choice["text"] == expected.text
-        check_quality(choice, expected)
+        assert choice["text"] == expected[i].text
+        check_quality(choice, expected[i])
 
     async def bother(client: httpx.AsyncClient) -> None:
         for body, status in ((b"{", 400), (b'{"prompt": 1}', 400), (b" " * 9000 + b"x", 400), (b"a" * 100_000, 413)):

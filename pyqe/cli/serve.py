@@ -75,7 +75,7 @@ def command(
     if api_key == "":
         raise click.UsageError("--api-key: expected a key, got none.", click.get_current_context())
     options = EstimatorOptions(**vars(language_model), head_name=head_name, signals=None, batch_size=limits.batch_size)
-    name = name or Path(language_model.model_name).name
+    name = name or Path(language_model.model_name).resolve().name
     app = create_app(options.estimator(), name=name, limits=limits, api_key=api_key)
     config = uvicorn.Config(
         app,

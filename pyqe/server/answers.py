@@ -44,7 +44,7 @@ class Form:
         """A piece of an answer."""
         return {**self._head, "object": self.chunk_object, "choices": list(choices), **usage}
 
-    def choice(self, index: int, tokens: Sequence[Token], finish_reason: FinishReason) -> Json:
+    def choice(self, index: int, tokens: Sequence[Token], finish_reason: FinishReason | None) -> Json:
         """A whole answer."""
         content = self._content(text_of(tokens))
         return self._choice(index, content, tokens, finish_reason, quality(tokens, tokens), 0)

@@ -236,7 +236,7 @@ class Service:
             events = self._events(form, answers, len(rows), prompt_tokens, body.stream_options.include_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         found: list[News] = sorted(await answers.all(request.receive), key=lambda news: news.index)
-        choices = [form.choice(news.index, news.tokens, news.finish_reason or "stop") for news in found]
+        choices = [form.choice(news.index, news.tokens, news.finish_reason) for news in found]
         for news in found:
             self._count(news, news.tokens)
         return JsonResponse(form.whole(choices, usage_of(prompt_tokens, sum(news.written for news in found))))

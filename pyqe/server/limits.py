@@ -27,6 +27,6 @@ class Limits:
     queue_size: int = 256
     rows: int = 32
     max_tokens: int = 1024
-    body_bytes: int = 2**20
+    body_bytes: int = 2**18  # a second of some tokenizers
     body_seconds: float = 10.0
     seconds: float = 300.0
