@@ -139,6 +139,8 @@ def test_chat_is_that_of_generate(client: httpx.Client, offline: QualityEstimato
         assert choice["message"] == {"role": "assistant", "content": expected.text, "refusal": None}
         assert (choice["logprobs"], answer["object"]) == (None, "chat.completion")
         check_quality(choice, expected)
+    empty = complete(client, "chat/completions", messages=MESSAGES, stop=expected.text[0])["choices"][0]
+    assert (empty["message"]["content"], empty["quality"]) == ("", {"sequence": None, "tokens": []})
     rest = complete(client, "chat/completions", messages=MESSAGES)
     assert rest["choices"][0]["finish_reason"] == "stop" or rest["usage"]["completion_tokens"] == 32
 
@@ -233,6 +235,8 @@ def test_without_a_head_there_is_no_quality() -> None:
         assert choice["quality"] is None
         assert len(choice["logprobs"]["tokens"]) == 16
         assert all(chunk["choices"][0]["quality"] is None for chunk in events(client, prompt="The cat"))
+        empty = complete(client, prompt="The cat", stop=choice["text"][0])["choices"][0]
+        assert (empty["text"], empty["quality"]) == ("", None)
         assert "token_quality" not in client.post("/v1/score", json={"text": "a"}).json()["results"][0]
         refused = client.post("/v1/score", json={"text": "a", "signals": ["quality"]})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "signals")
@@ -388,7 +392,7 @@ def test_text_ends_before_the_first_stop_string(pieces: list[str], stop: list[st
     given_out: list[Token] = []
     ends = []
     for i in range(len(pieces)):
-        given_out += text.add(Token(i, 1.0, None, []))
+        given_out += text.add(Token(i, 1.0, 0.5, []))
         if text.stopped:
             break
         ends.append("".join(token.text for token in given_out))
@@ -757,6 +761,7 @@ def command(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], openai.Op
         process.communicate()
 
 
+@pytest.mark.timeout(300)
 def test_the_official_client_and_an_orderly_end(
     command: tuple[subprocess.Popen[bytes], openai.OpenAI], offline: QualityEstimator
 ) -> None:

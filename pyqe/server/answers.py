@@ -24,6 +24,7 @@ class Form:
     Args:
         model: name of the model.
         decode: text of a token, for the alternatives of ``logprobs``.
+        with_quality: whether there is a head.
         with_logprobs: whether they are wanted.
     """
 
@@ -31,8 +32,9 @@ class Form:
     object: str
     chunk_object: str
 
-    def __init__(self, model: str, decode: Decode, *, with_logprobs: bool) -> None:
+    def __init__(self, model: str, decode: Decode, *, with_quality: bool, with_logprobs: bool) -> None:
         self.decode = decode
+        self.with_quality = with_quality
         self.with_logprobs = with_logprobs
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
@@ -47,7 +49,7 @@ class Form:
     def choice(self, index: int, tokens: Sequence[Token], finish_reason: FinishReason | None) -> Json:
         """A whole answer."""
         content = self._content(text_of(tokens))
-        return self._choice(index, content, tokens, finish_reason, quality(tokens, tokens), 0)
+        return self._choice(index, content, tokens, finish_reason, tokens, 0)
 
     def delta(
         self,
@@ -66,8 +68,8 @@ class Form:
             so_far: all, these included.
             offset: length of the text before them.
         """
-        scores = quality(tokens, so_far if finish_reason is not None else ())
-        return self._choice(index, self._delta(text_of(tokens)), tokens, finish_reason, scores, offset)
+        whole = so_far if finish_reason is not None else ()
+        return self._choice(index, self._delta(text_of(tokens)), tokens, finish_reason, whole, offset)
 
     def opening(self, index: int) -> Json | None:
         """The choice of a first chunk without tokens, if there is one."""
@@ -79,11 +81,12 @@ class Form:
         content: Json,
         tokens: Sequence[Token],
         finish_reason: FinishReason | None,
-        scores: Json | None,
+        whole: Sequence[Token],
         offset: int,
     ) -> Json:
         logprobs = self._logprobs(tokens, offset) if self.with_logprobs else None
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason, "quality": scores}
+        quality = _quality(tokens, whole) if self.with_quality else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason, "quality": quality}
 
     def _content(self, text: str) -> Json:
         raise NotImplementedError
@@ -150,10 +153,8 @@ def text_of(tokens: Sequence[Token]) -> str:
     return "".join(token.text for token in tokens)
 
 
-def quality(tokens: Sequence[Token], whole: Sequence[Token]) -> Json | None:
-    """Qualities of tokens, and that of a whole answer (none: not yet); None without a head."""
-    if any(token.quality is None for token in (*tokens, *whole)):
-        return None
+def _quality(tokens: Sequence[Token], whole: Sequence[Token]) -> Json:
+    """Qualities of tokens, and that of a whole answer (none: not yet)."""
     return {"sequence": _scored(whole)["quality"], "tokens": _scored(tokens)["token_quality"]}
 
 

@@ -13,11 +13,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from pyqe.estimator import QualityEstimator
 from pyqe.scored import SIGNALS, Signal
-from pyqe.server.answers import ChatForm, CompletionForm, Form, Json, quality, text_of, usage_of
+from pyqe.server.answers import ChatForm, CompletionForm, Form, Json, text_of, usage_of
 from pyqe.server.engine import Engine
 from pyqe.server.errors import ApiError
 from pyqe.server.guard import Guard
@@ -120,7 +121,7 @@ class Service:
         ]
         top = body.logprobs or 0
         rows = self._rows(body, prompts, body.max_tokens, _COMPLETION_TOKENS, top, "prompt")
-        form = CompletionForm(self.name, self._decode, with_logprobs=body.logprobs is not None)
+        form = self._form(CompletionForm, with_logprobs=body.logprobs is not None)
         return await self._answer(form, body, rows, sum(map(len, prompts)), request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -131,7 +132,7 @@ class Service:
         prompt = await self._tokenized("messages", self.model.prompt_ids, chat(body.messages))
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         rows = self._rows(body, [prompt], wanted, self.limits.max_tokens, body.top_logprobs, "messages")
-        form = ChatForm(self.name, self._decode, with_logprobs=body.logprobs)
+        form = self._form(ChatForm, with_logprobs=body.logprobs)
         return await self._answer(form, body, rows, len(prompt), request)
 
     async def score(self, body: ScoreRequest, request: Request) -> Response:
@@ -217,8 +218,12 @@ class Service:
             raise _too_long(param, f"{reads} tokens and {wanted or 1} of the answer", self.room)
         return wanted or min(default, self.limits.max_tokens, room)
 
-    def _decode(self, token_id: int) -> str:
-        return str(self.model.tokenizer.decode([token_id]))
+    def _form(self, kind: type[Form], *, with_logprobs: bool) -> Form:
+        def decode(token_id: int) -> str:
+            return str(self.model.tokenizer.decode([token_id]))
+
+        with_quality = self.model.head is not None
+        return kind(self.name, decode, with_quality=with_quality, with_logprobs=with_logprobs)
 
     # --- answers
 
@@ -234,11 +239,16 @@ class Service:
         self.metrics.add(None, prompt=prompt_tokens)
         if body.stream:
             events = self._events(form, answers, len(rows), prompt_tokens, body.stream_options.include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return StreamingResponse(
+                events,
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache"},
+                background=BackgroundTask(answers.cancel),  # of a client that left before the first event
+            )
         found: list[News] = sorted(await answers.all(request.receive), key=lambda news: news.index)
         choices = [form.choice(news.index, news.tokens, news.finish_reason) for news in found]
-        for news in found:
-            self._count(news, news.tokens)
+        for news, choice in zip(found, choices, strict=True):
+            self._count(news, choice)
         return JsonResponse(form.whole(choices, usage_of(prompt_tokens, sum(news.written for news in found))))
 
     async def _events(
@@ -262,7 +272,7 @@ class Service:
                     offsets[i] += len(text_of(news.tokens))
                     if news.is_last:
                         written += news.written
-                        self._count(news, so_far[i])
+                        self._count(news, choice)
         except ApiError as error:  # too late for a status
             yield _event(error.to_dict())
         else:
@@ -270,9 +280,8 @@ class Service:
                 yield _event(form.chunk([], usage=usage_of(prompt_tokens, written)))
         yield "data: [DONE]\n\n"
 
-    def _count(self, news: News, tokens: Sequence[Token]) -> None:
-        scores = quality((), tokens)
-        self.metrics.add(None if scores is None else scores["sequence"], completion=news.written)
+    def _count(self, news: News, choice: Json) -> None:
+        self.metrics.add((choice["quality"] or {}).get("sequence"), completion=news.written)
 
 
 def _event(content: Json) -> str:

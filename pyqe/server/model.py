@@ -136,7 +136,7 @@ class _Steps(StepScorer):
             if row.cancelled:
                 row.done = True
             elif not row.done:
-                quality = values[0] if "quality" in self.attachment.signals else None
+                quality = values[0] if "quality" in self.attachment.signals else torch.nan
                 token = Token(token_id, values[-1], quality, top[: row.sampling.top_logprobs])
                 is_prefix = token_id == self.forced and row.written == 0
                 is_eos = token_id in self.stop

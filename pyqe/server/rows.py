@@ -29,14 +29,14 @@ class Token:
     Attributes:
         id: its id.
         prob: its probability before temperature, in [0, 1] or NaN.
-        quality: in [0, 1] or NaN; None without a head.
+        quality: in [0, 1] or NaN.
         top: ids and log-probabilities of the most probable tokens at its place, as many as were asked for.
         text: its piece of the answer; that of a character which several tokens make up belongs to the last of them.
     """
 
     id: int
     prob: float
-    quality: float | None
+    quality: float
     top: list[tuple[int, float]]
     text: str = ""
 
@@ -56,7 +56,7 @@ class Row:
 
     index: int
     reads: int
-    writes: int = field(init=False)
+    writes: int = field(default=0, init=False)
     report: Callable[[Any], object] = field(init=False)
     cancelled: bool = field(default=False, init=False)
     done: bool = field(default=False, init=False)
@@ -73,7 +73,6 @@ class ScoreRow(Row):
     text: str
     prompt: Prompt | None
     signals: tuple[Signal, ...] | None
-    writes = 0
 
     @property
     def kind(self) -> Hashable:

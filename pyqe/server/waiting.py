@@ -52,8 +52,12 @@ class Answers:
                 yield item
         finally:
             deadline.cancel()
-            for row in self._rows:
-                row.cancelled = True
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Nobody waits any more; rows that are done do not mind."""
+        for row in self._rows:
+            row.cancelled = True
 
     async def all(self, receive: Callable[[], Awaitable[Any]]) -> list[Any]:
         """All news, unless the client goes.
