@@ -4,6 +4,7 @@ python benchmarks/serve.py --json serve.json
 
 Bare generate and the server take turns, a slice of the prompts each time. The server is a process of its own; its
 clients are here. Each client sends its next request when it has its answer, and in between some that are to be refused.
+A slice begins with a batch of one row, the first that comes: slices should have many batches.
 Exit code 1 where an answer was lost or wrong.
 """
 
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5, help="slices in which the two take turns")
+    parser.add_argument("--rounds", type=int, default=4, help="slices in which the two take turns")
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
