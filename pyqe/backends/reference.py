@@ -41,7 +41,7 @@ def _pad_rows(block: Tensor, value: float) -> Tensor:
     return F.pad(block, (0, 0, 0, ROW_BLOCK - len(block)), value=value)
 
 
-def _logit_blocks(
+def logit_blocks(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -320,7 +320,7 @@ def linear_softmax_stats(
 ) -> tuple[Tensor, ...]:
     """Statistics of ``hidden @ weight.T``; see :func:`pyqe.functional.linear_softmax_stats`."""
     check_optional_ids(weight.shape[0], token_ids=token_ids, choice_ids=choice_ids)
-    blocks = _logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
+    blocks = logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
     return _softmax_blocks(blocks, len(hidden), token_ids, choice_ids, top_k, temperature, entropy, dominant)
 
 
@@ -387,7 +387,7 @@ def linear_sigmoid_stats(
             rows,
             _affine(dots, bias, _pad_optional(scale, rows, dots.dtype), _pad_optional(shift, rows, dots.dtype)),
         )
-        for rows, dots in _logit_blocks(hidden, weight, None)
+        for rows, dots in logit_blocks(hidden, weight, None)
     )
     return _reduce_blocks(blocks, _sigmoid_rows, token_ids, top_k, threshold)
 
@@ -428,7 +428,7 @@ def linear_joint_stats(
 
     blocks = (
         (rows, corrected(rows, logits))
-        for rows, logits in _logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
+        for rows, logits in logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
     )
     return softmax + _reduce_blocks(blocks, _sigmoid_rows, token_ids, sigmoid_top_k, threshold)
 
@@ -490,7 +490,7 @@ def _draw_distinct(weights: Tensor, count: int, seed: int, stream: int, rows: Te
     return picked
 
 
-def _drop_repeats(ids: Tensor) -> Tensor:
+def drop_repeats(ids: Tensor) -> Tensor:
     """-1 in place of every id that stands further left in its row already."""
     same = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(2)
     return ids.masked_fill(same, -1)
@@ -518,7 +518,7 @@ def sample_rows(
     if exclude:
         excluded = torch.cat([excluded, _dominant(logits, maximum, log_sum, DominantRule.parse(exclude))[0]], 1)
     valid = ~maximum.isnan() & ~out_of_range(targets, logits.shape[1])
-    allowed = valid[:, None] & ~_mark(logits, excluded)
+    allowed = valid[:, None] & ~mark(logits, excluded)
 
     def weights_of(source: str) -> Tensor:
         if source == "softmax":  # relative to the best token allowed, far below the dominant ones as it may be
@@ -538,7 +538,7 @@ def sample_rows(
             _draw_distinct(weights_of(source), share, seed, stream, rows)
             for stream, (source, share) in enumerate(zip(sources, shares, strict=True))
         ]
-        return _drop_repeats(torch.cat(draws, 1))
+        return drop_repeats(torch.cat(draws, 1))
     parts = [_normalise(weights_of(source)) for source in sources]
     if combination == "mixture":
         weights = sum((w * part for w, part in zip(mixture_weights, parts, strict=True)), torch.zeros_like(parts[0]))
@@ -575,7 +575,7 @@ def linear_sample_negatives(
 ) -> Tensor:
     """Negatives [N, K]; see :func:`pyqe.functional.linear_sample_negatives`."""
     check_ids("targets", targets, weight.shape[0])
-    blocks = _logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
+    blocks = logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
     return sample_blocks(blocks, targets, int(seed), *options)
 
 
@@ -619,13 +619,13 @@ def linear_vocab_bce(
     total_grad_weight = torch.zeros_like(weight, dtype=dtype) if grad_weight else None
     total_grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None else None
     parts = []
-    for rows, dots in _logit_blocks(hidden, weight, None):
+    for rows, dots in logit_blocks(hidden, weight, None):
         row_scale, row_shift = _pad_optional(scale, rows, dtype), _pad_optional(shift, rows, dtype)
         logits = _affine(dots, bias, row_scale, row_shift)
-        positive = _mark(logits, _pad_rows(targets[rows, None], -1))
+        positive = mark(logits, _pad_rows(targets[rows, None], -1))
         kept = torch.ones_like(positive)
         if exclude_ids is not None:
-            kept = ~_mark(logits, _pad_rows(exclude_ids[rows], -1)) | positive
+            kept = ~mark(logits, _pad_rows(exclude_ids[rows], -1)) | positive
         loss = torch.where(positive, pos_weight * F.softplus(-logits), F.softplus(logits))
         grad = torch.where(positive, -pos_weight * torch.sigmoid(-logits), torch.sigmoid(logits))
         grad = torch.where(kept, grad, 0.0) * _pad_rows(row_weights[rows, None].to(dtype), 0)
@@ -660,7 +660,7 @@ def linear_vocab_bce(
     )
 
 
-def _mark(logits: Tensor, ids: Tensor) -> Tensor:
+def mark(logits: Tensor, ids: Tensor) -> Tensor:
     """Boolean [n, V]: true at the ids [n, M] of each row; -1 marks nothing."""
     n, vocab_size = logits.shape
     marks = logits.new_zeros((n, vocab_size + 1), dtype=torch.bool)  # the last column takes what marks nothing
@@ -723,6 +723,6 @@ def linear_temperature_nll(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same of a head's logits, with labels [N]."""
     check_ids("labels", labels, weight.shape[0])
-    blocks = _logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
+    blocks = logit_blocks(hidden, weight, bias, logit_scale, logit_softcap)
     losses, first, second = _reduce_blocks(blocks, _temperature_rows, labels[:, None], beta.double())
     return losses.mean(), first.mean(), second.mean()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyqe.backends.reference import compute_dtype
 from pyqe.dominant import DominantRule
+from pyqe.functional._sharded import is_sharded
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -25,6 +26,8 @@ def check_ids(ids: Tensor, name: str) -> None:
 def head_matrix(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Check a head's arguments; hidden as a matrix [N, D], in the weight's dtype if that is the wider one."""
     check_floats(hidden=hidden, weight=weight, bias=bias)
+    if is_sharded(hidden):
+        raise TypeError("hidden: expected a plain tensor, the same on every process, got a DTensor (see full_tensor)")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected [V, D] with V, D > 0, got shape {tuple(weight.shape)}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pyqe.backends.reference import compute_dtype
 from pyqe.dominant import DominantRule
 from pyqe.functional._arguments import check_top_k, head_matrix, optional_ids, per_row, rule_spec
+from pyqe.functional._sharded import operator
 from pyqe.functional.results import SigmoidStats, SoftmaxStats
 from pyqe.functional.sigmoid import sigmoid_result
 from pyqe.functional.softmax import check_softmax_options, choice_matrix, softmax_result
@@ -79,7 +79,7 @@ def linear_joint_stats(
     rank = 0 if factors is None else factors.shape[-1]
     projected = _term("projected", projected, [*rows, rank], matrix)
     ids, choices = optional_ids(token_ids, rows), choice_matrix(choice_ids, rows)
-    columns = torch.ops.pyqe.linear_joint_stats(
+    columns = operator("linear_joint_stats", weight)(
         matrix,
         weight,
         bias,

@@ -11,6 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from pyqe.backends.reference import compute_dtype
 from pyqe.dominant import DominantRule
 from pyqe.functional._arguments import check_ids, head_matrix, id_matrix, number_like, per_row
+from pyqe.functional._sharded import operator
 from pyqe.functional.softmax import linear_dominant_tokens
 from pyqe.functional.token_logits import linear_token_logits
 
@@ -120,8 +121,8 @@ def linear_sampled_bce(
     labels[..., 0] = 1
     logits = scale * linear_token_logits(hidden, weight, ids, sparse_grad=sparse_grad).masked_fill(ids < 0, 0.0) + shift
     if bias is not None:
-        outside = (ids < 0) | (ids >= len(bias))  # on a GPU nothing has refused them
-        logits = logits + bias[ids.clamp(0, len(bias) - 1)].masked_fill(outside, 0.0)
+        ones = torch.ones_like(hidden[..., :1], dtype=bias.dtype)  # as logits, which may be sharded
+        logits = logits + linear_token_logits(ones, bias[:, None], ids).masked_fill(ids < 0, 0.0)
     return sampled_bce(logits, ids, labels, pos_weight=pos_weight, reduction=reduction)
 
 
@@ -218,7 +219,7 @@ def linear_vocab_bce(
         if exclude_ids is not None:
             pairs = pairs - (count_excluded(exclude_ids, flat) * kept).sum()
         row_weights = row_weights / pairs.clamp(min=1)
-    total, losses, *_ = torch.ops.pyqe.linear_vocab_bce(
+    total, losses, *_ = operator("linear_vocab_bce", weight)(
         matrix,
         weight,
         bias,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyqe.functional._arguments import check_ids, head_matrix, logit_matrix, rule_spec
+from pyqe.functional._sharded import operator
 from pyqe.negatives import NegativeSampler
 
 
@@ -94,5 +95,5 @@ def linear_sample_negatives(
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets: expected {list(hidden.shape[:-1])}, got {list(targets.shape)}")
     options = _sampler_options(targets, sampler, weight.shape[0], generator)
-    ids = torch.ops.pyqe.linear_sample_negatives(matrix, weight, bias, logit_scale, logit_softcap, *options)
+    ids = operator("linear_sample_negatives", weight)(matrix, weight, bias, logit_scale, logit_softcap, *options)
     return ids.reshape(targets.shape + ids.shape[1:])

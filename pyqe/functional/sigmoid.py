@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyqe.functional._arguments import check_top_k, head_matrix, logit_matrix, optional_ids, per_row
+from pyqe.functional._sharded import operator
 from pyqe.functional.results import SigmoidStats
 
 
@@ -79,7 +80,7 @@ def linear_sigmoid_stats(
     check_top_k(top_k)
     ids = optional_ids(token_ids, rows)
     affine = (per_row(scale, rows, matrix, "scale"), per_row(shift, rows, matrix, "shift"))
-    columns = torch.ops.pyqe.linear_sigmoid_stats(matrix, weight, bias, *affine, ids, top_k, threshold)
+    columns = operator("linear_sigmoid_stats", weight)(matrix, weight, bias, *affine, ids, top_k, threshold)
     return sigmoid_result(columns, rows, token_ids, top_k, threshold)
 
 

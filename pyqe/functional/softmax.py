@@ -17,6 +17,7 @@ from pyqe.functional._arguments import (
     optional_ids,
     rule_spec,
 )
+from pyqe.functional._sharded import operator
 from pyqe.functional.results import DominantTokens, SoftmaxStats
 
 
@@ -131,7 +132,7 @@ def linear_softmax_stats(
     matrix, rows = head_matrix(hidden, weight, bias), hidden.shape[:-1]
     check_softmax_options(top_k, temperature)
     ids, choices = optional_ids(token_ids, rows), choice_matrix(choice_ids, rows)
-    columns = torch.ops.pyqe.linear_softmax_stats(
+    columns = operator("linear_softmax_stats", weight)(
         matrix,
         weight,
         bias,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyqe.functional._arguments import check_floats, class_labels, head_matrix, logit_matrix, number_like, row_labels
+from pyqe.functional._sharded import operator
 from pyqe.functional.results import TemperatureNLL
 
 
@@ -126,4 +127,4 @@ def linear_temperature_nll(
     """
     matrix, labels = head_matrix(hidden, weight, bias), row_labels(labels, hidden.shape[:-1])
     options = (logit_scale, logit_softcap, labels, _inverse_temperature(beta, matrix))
-    return TemperatureNLL(*torch.ops.pyqe.linear_temperature_nll(matrix, weight, bias, *options))
+    return TemperatureNLL(*operator("linear_temperature_nll", weight)(matrix, weight, bias, *options))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyqe.backends.reference import compute_dtype
 from pyqe.functional._arguments import class_labels, head_matrix, logit_matrix, number_like, row_labels
+from pyqe.functional._sharded import operator
 from pyqe.functional.results import TemperatureFit
 from pyqe.functional.softmax import linear_softmax_stats
 
@@ -192,7 +193,7 @@ def linear_fit_temperature(
         return ~stats.token_logit.isfinite()
 
     return _fit(
-        lambda beta: torch.ops.pyqe.linear_temperature_nll(
+        lambda beta: operator("linear_temperature_nll", weight)(
             matrix, weight, bias, logit_scale, logit_softcap, labels, beta
         ),
         infinite_rows,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyqe.functional import _ops
 from pyqe.functional._arguments import head_matrix, id_matrix
+from pyqe.functional._sharded import is_sharded, operator
 
 
 class _SparseTokenLogits(torch.autograd.Function):
@@ -63,6 +64,7 @@ def linear_token_logits(
     Raises:
         TypeError, ValueError: wrong dtype, shape or device.
         IndexError: an id outside [0, V) other than -1 (CPU).
+        NotImplementedError: ``sparse_grad`` with a sharded weight, each process of which has few rows.
 
     Example:
         >>> hidden, weight = torch.ones(1, 2), torch.tensor([[1.0, 0.0], [2.0, 3.0]])
@@ -71,8 +73,10 @@ def linear_token_logits(
     """
     matrix = head_matrix(hidden, weight, bias)
     ids = id_matrix(token_ids, hidden.shape[:-1])
+    if sparse_grad and is_sharded(weight):
+        raise NotImplementedError("sparse_grad: not with a sharded weight")
     if sparse_grad:
         logits = _SparseTokenLogits.apply(matrix, weight, ids, bias)  # type: ignore[no-untyped-call]
     else:
-        logits = torch.ops.pyqe.linear_token_logits(matrix, weight, ids, bias)
+        logits = operator("linear_token_logits", weight)(matrix, weight, ids, bias)
     return logits.reshape(token_ids.shape)
