@@ -19,9 +19,11 @@ from torch import Tensor, nn
 import pyqe
 from pyqe import functional as F
 from pyqe._files import atomic_path
+from pyqe.functional._sharded import is_sharded, replicated_as, whole
 from pyqe.lm_head import LMHead
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Kind = Literal["full", "low_rank", "rescaling"]
@@ -122,6 +124,9 @@ class SigmoidHead(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    by_token: ClassVar[
+        tuple[str, ...]
+    ] = ()  # parameters with a row for every token; the first may have sparse gradients
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -181,10 +186,33 @@ class SigmoidHead(nn.Module, ABC):
         )
         head: SigmoidHead = _KINDS[kind](config)
         head.initialise(lm_head)
-        return head.to(lm_head.weight.device)
+        head = head.to(lm_head.weight.device)
+        return head.shard(lm_head.weight.device_mesh) if is_sharded(lm_head.weight) else head  # type: ignore[attr-defined]
 
     def initialise(self, lm_head: LMHead) -> None:
         """Set the parameters that start from the LM's head."""
+
+    def shard(self, mesh: DeviceMesh) -> SigmoidHead:
+        """Keep the rows of a part of the vocabulary on every process; see docs/distributed.md.
+
+        A collective. What has a row for every token becomes a DTensor, the rest and all values are the first
+        process's. The parameters are new ones: make the optimizer afterwards.
+
+        Args:
+            mesh: of one dimension, that over which the LM's head is sharded.
+
+        Returns:
+            this head.
+        """
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        for name, parameter in list(self.named_parameters()):
+            if not is_sharded(parameter):
+                placement = Shard(0) if name in self.by_token else Replicate()
+                placed = distribute_tensor(parameter.detach(), mesh, [placement])
+                tensor = placed if name in self.by_token else placed.to_local()
+                setattr(self, name, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+        return self
 
     # --- computing
 
@@ -288,6 +316,8 @@ class SigmoidHead(nn.Module, ABC):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors``, ``config.json`` and a model card to a folder, which is made if missing.
 
+        A sharded head is gathered, which takes a call on every process; the first one writes.
+
         Raises:
             OSError: the folder cannot be written; files that were there stay as they were.
             ValueError: scale or shift is not finite, as after a training that diverged.
@@ -296,6 +326,10 @@ class SigmoidHead(nn.Module, ABC):
         self.config = replace(
             self.config, scale=self.scale.item(), shift=self.shift.item(), pyqe_version=pyqe.__version__
         )
+        parameters = self._tensors()
+        tensors = {name: whole(parameter.detach()).cpu().contiguous() for name, parameter in parameters.items()}
+        if any(map(is_sharded, parameters.values())) and torch.distributed.get_rank() != 0:
+            return
         path.mkdir(parents=True, exist_ok=True)
         with (
             atomic_path(path / _WEIGHTS_FILE) as weights,
@@ -304,7 +338,6 @@ class SigmoidHead(nn.Module, ABC):
         ):
             card.write_text(_model_card(self.config), encoding="utf-8")
             config.write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
-            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._tensors().items()}
             try:
                 save_file(tensors, weights, metadata={"format": "pt"})
             except SafetensorError as error:  # how safetensors reports a full disk
@@ -344,14 +377,14 @@ class FullHead(SigmoidHead):
     """W' of its own, [V, D]."""
 
     kind = "full"
+    by_token = ("weight",)
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def initialise(self, lm_head: LMHead) -> None:
-        with torch.no_grad():
-            self.weight.copy_(lm_head.weight)
+        self.weight = nn.Parameter(lm_head.weight.detach().float().clone())  # sharded as the LM's, if that is
 
     def forward(
         self, hidden: Tensor, token_ids: Tensor, base: Tensor | None = None, *, sparse_grad: bool = False
@@ -382,7 +415,7 @@ class RescalingHead(SigmoidHead):
         if lm_head.logit_softcap is not None:
             raise NotImplementedError(f"a {self.kind} head over the whole vocabulary on logits with a softcap")
         scale = self.scale * lm_head.logit_scale
-        bias = None if lm_head.bias is None else scale * lm_head.bias.float()
+        bias = None if lm_head.bias is None else replicated_as(scale, lm_head.bias) * lm_head.bias.float()
         shift: Tensor = self.shift
         if self.config.base == "logprob":
             logsumexp = lm_head.softmax_stats(hidden).logsumexp if logsumexp is None else logsumexp
@@ -417,6 +450,7 @@ class LowRankHead(RescalingHead):
     """Rescaling with a correction of rank r: ``b_v + <A_v, B h>``."""
 
     kind = "low_rank"
+    by_token = ("A", "token_bias")
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)

@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from pyqe import functional as F
+from pyqe.functional._sharded import replicated_as, whole
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
     from pyqe.negatives import NegativeSampler
@@ -29,7 +31,7 @@ class LMHead:
     r"""Logits of a model: ``softcap(logit_scale * (hidden @ weight.T + bias))``.
 
     Attributes:
-        weight: [V, D], the model's own memory.
+        weight: [V, D], the model's own memory. A DTensor where the model is tensor parallel.
         bias: [V] or None.
         logit_scale: factor applied to the logits.
         logit_softcap: c of ``c * tanh(logits / c)``, or None.
@@ -44,7 +46,8 @@ class LMHead:
     def from_model(cls, model: PreTrainedModel) -> LMHead:
         """Read the head of a model: output embedding, its bias, and the scaling or softcap applied after it.
 
-        Whether that is all the model does to its logits is for :func:`check_logits` to say.
+        Whether that is all the model does to its logits is for :func:`check_logits` to say. The weight of a model under
+        FSDP2 is gathered and copied, which takes a call on every process: the model's own comes and goes.
 
         Raises:
             ValueError: the model has no output embedding of shape [V, D].
@@ -55,14 +58,31 @@ class LMHead:
         if isinstance(final_bias, Tensor):
             final_bias = final_bias.reshape(-1).to(embedding.weight.dtype)
             bias = final_bias if bias is None else bias + final_bias
+        weight = embedding.weight.detach()
+        if any(hasattr(module, "reshard") for module in model.modules()):  # FSDP2
+            weight, bias = whole(weight).clone(), None if bias is None else whole(bias.detach()).clone()
         config = model.config.get_text_config(decoder=True)
         softcap = _first(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
         return cls(
-            weight=embedding.weight.detach(),
+            weight=weight,
             bias=None if bias is None else bias.detach(),
             logit_scale=_logit_scale(config),
             logit_softcap=softcap,
         )
+
+    def shard(self, mesh: DeviceMesh) -> LMHead:
+        """A head of which every process keeps the rows of a part of the vocabulary; see docs/distributed.md.
+
+        A collective; the values are the first process's.
+
+        Args:
+            mesh: of one dimension.
+        """
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        weight = distribute_tensor(self.weight, mesh, [Shard(0)])
+        bias = None if self.bias is None else distribute_tensor(self.bias, mesh, [Shard(0)])
+        return replace(self, weight=weight, bias=bias)
 
     @property
     def vocab_size(self) -> int:
@@ -91,7 +111,8 @@ class LMHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All logits [..., V] of hidden states [..., D], computed as the model does it, to compare with its own."""
-        return self._scaled(torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float())
+        hidden = replicated_as(hidden.to(self.weight.dtype), self.weight)
+        return self._scaled(whole(torch.nn.functional.linear(hidden, self.weight, self.bias)).float())
 
     def _scaled(self, logits: Tensor) -> Tensor:
         logits = logits * self.logit_scale

@@ -35,6 +35,21 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
+def replicated_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """What every process holds, for arithmetic with another tensor: a replicated DTensor where that is a DTensor."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim)
+
+
+def whole(tensor: Any) -> Tensor:
+    """All rows of a tensor, on every process; a collective where it is a DTensor."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def operator(name: str, weight: Tensor) -> Callable[..., Any]:
     """The operator for this weight: torch's own, or where it is a DTensor the one of this module.
 
@@ -387,7 +402,7 @@ def _linear_sample_negatives(
     return reference.drop_repeats(torch.cat(drawn, 1))
 
 
-_OPERATORS = {
+_OPERATORS: dict[str, Callable[..., Any]] = {
     "linear_softmax_stats": _linear_softmax_stats,
     "linear_sigmoid_stats": _linear_sigmoid_stats,
     "linear_token_logits": _linear_token_logits,

@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyqe.heads import SigmoidHead
@@ -40,7 +41,15 @@ class TrainingModule(nn.Module):
 
     def restart_evaluation(self) -> None:
         """Start the evaluation's negatives anew, so that every evaluation meets the same ones."""
-        self._eval_generator = torch.Generator().manual_seed(_EVAL_SEED)
+        self._eval_generator = torch.Generator().manual_seed(_EVAL_SEED + _rank())
+
+    def _generator(self) -> torch.Generator | None:
+        """Of the negatives: torch's own, but where several processes share a seed each has numbers of its own."""
+        if not self.training:
+            return self._eval_generator
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return None
+        return torch.Generator().manual_seed(int(torch.randint(2**31, ())) + _rank())
 
     def forward(
         self,
@@ -81,7 +90,7 @@ class TrainingModule(nn.Module):
                 labels=None if token_labels is None else token_labels.reshape(-1),
                 weights=None if weights is None else weights.reshape(-1),
                 logsumexp=None if logsumexp is None else logsumexp.reshape(-1),
-                generator=None if self.training else self._eval_generator,
+                generator=self._generator(),
             )
         return {"loss": loss}
 
@@ -96,6 +105,10 @@ class TrainingModule(nn.Module):
         with capture_hidden(lm, skip_logits=True) as captured:
             lm(**inputs, use_cache=False)
         return captured[0]
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _shift(tensor: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from pyqe.heads import SigmoidHead, tokenizer_fingerprint
 from pyqe.lm_head import LMHead
@@ -18,6 +18,7 @@ from pyqe.losses import SigmoidHeadLoss
 from pyqe.training.data import collate
 from pyqe.training.module import TrainingModule
 from pyqe.training.optimizer import RowAdam, parameter_groups
+from pyqe.training.parallel import average_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +43,8 @@ class SigmoidHeadTrainingArguments(TrainingArguments):  # type: ignore[misc]
 
 class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
     """Trains a Sigmoid Head; everything that transformers' Trainer does works: resuming, evaluation, early stopping,
-    mixed precision, gradient accumulation, ``report_to``. Checkpoints hold the head, not the LM.
+    mixed precision, gradient accumulation, ``report_to``, several processes (docs/distributed.md). Checkpoints hold the
+    head, not the LM.
 
     Args:
         lm: the frozen language model.
@@ -55,7 +57,8 @@ class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
 
     Raises:
         HeadMismatchError: the head belongs to another vocabulary, hidden size or tokenizer.
-        ValueError: gradient clipping or weight decay together with sparse gradients.
+        ValueError: gradient clipping or weight decay together with sparse gradients; resuming with another number of
+            samples a step.
 
     Source of the recipe: Dinh & Niehues 2026 (arXiv 2601.00680).
     """
@@ -81,6 +84,9 @@ class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
         module = TrainingModule(lm, head, loss)
         super().__init__(model=module, args=args, data_collator=data_collator, **kwargs)
         self.label_names = ["labels"]
+        self.add_callback(_SameGlobalBatch())
+        if loss.sparse_grad and args.world_size > 1:
+            average_rows(module)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW in two groups, as scale and shift have a learning rate of their own; :class:`RowAdam` if sparse."""
@@ -123,9 +129,28 @@ class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
         loaded = SigmoidHead.from_pretrained(resume_from_checkpoint)
         self.head.load_state_dict(loaded.state_dict())
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As the Trainer's; a process for which the checkpoint has no state does not repeat the first one's numbers."""
+        set_seed(self.args.seed + self.state.global_step)
+        super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _SameGlobalBatch(TrainerCallback):  # type: ignore[misc]
+    """Refuses to resume where a step takes more or fewer samples than before: the Trainer skips steps, not samples."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        if not state.epoch or args.ignore_data_skip or not hasattr(train_dataloader, "__len__"):
+            return
+        now, before = len(train_dataloader) / args.gradient_accumulation_steps, state.global_step / state.epoch
+        if abs(now - before) >= 1:  # the last step of an epoch may be a part of one
+            raise ValueError(
+                f"resume_from_checkpoint: expected {before:.0f} steps an epoch as in the checkpoint, got {now:.0f}; "
+                "keep the product of processes, per_device_train_batch_size and gradient_accumulation_steps"
+            )
 
 
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
