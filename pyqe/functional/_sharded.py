@@ -156,14 +156,13 @@ class _Shard:
         """Columns [N, ...] of every process, [R, N, ...]; one collective of bytes for all of them."""
         if self.group is None or columns[0].numel() == 0:
             return [column[None] for column in columns]
-        n, count = len(columns[0]), self.group.size()
-        parts = [column.reshape(n, column[0].numel()).contiguous().view(torch.uint8) for column in columns]
-        packed = torch.cat(parts, 1)
-        everyone = packed.new_empty(count, *packed.shape)
+        parts = [column.flatten().view(torch.uint8) for column in columns]
+        packed = torch.cat(parts)
+        everyone = packed.new_empty(self.group.size(), len(packed))
         dist.all_gather(list(everyone), packed, group=self.group)
-        split = everyone.split([part.shape[1] for part in parts], 2)
+        split = everyone.split([len(part) for part in parts], 1)
         return [
-            theirs.contiguous().view(column.dtype).view(count, *column.shape)
+            theirs.clone().flatten().view(column.dtype).view(len(everyone), *column.shape)  # clone: bytes must be aligned
             for theirs, column in zip(split, columns, strict=True)
         ]
 
