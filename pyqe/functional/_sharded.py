@@ -6,7 +6,17 @@ Every process holds the same hidden states and ids, runs the plain operators on 
 * logits of tokens, losses, and gradients of what every process holds are summed, in that order too.
 
 So every process has the same result, bit for bit the same from run to run. The gradient of the weight is that of the
-process's own rows, a DTensor placed as the weight. docs/distributed.md says how many bytes cross.
+process's own rows, a DTensor placed as the weight.
+
+Bytes that each of R processes receives for each row (for float64, 8 in place of the 4s of numbers):
+
+================ =====================================================================================================
+softmax stats    (R - 1) (12 + 4 [entropy] + 4 [temperature] + 4 ids + 4 choices + 8 k), k the greater of top_k and,
+                 with a dominant rule, its ``max_size(V)`` + 1, but no more than a process's rows
+sigmoid stats    (R - 1) (12 + 4 [threshold] + 4 ids + 8 top_k)
+negatives        those of softmax stats with the rule of the exclusion, and (R - 1) 12 K
+sums             8 (R - 1) / R a number: K of token logits, 1 of a vocabulary loss, D of the gradient of hidden states
+================ =====================================================================================================
 
 Merging: with :math:`m_r` the maximum of shard r, :math:`l_r` the log of its sum of :math:`e^{z - m_r}` and :math:`H_r`
 its entropy,
@@ -162,7 +172,10 @@ class _Shard:
         dist.all_gather(list(everyone), packed, group=self.group)
         split = everyone.split([len(part) for part in parts], 1)
         return [
-            theirs.clone().flatten().view(column.dtype).view(len(everyone), *column.shape)  # clone: bytes must be aligned
+            theirs.clone()
+            .flatten()
+            .view(column.dtype)
+            .view(len(everyone), *column.shape)  # clone: bytes must be aligned
             for theirs, column in zip(split, columns, strict=True)
         ]
 
@@ -189,6 +202,32 @@ def _best(keys: Tensor, ids: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
+def _softmax_columns(
+    shard: _Shard,
+    hidden: Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
+    token_ids: Tensor | None,
+    choice_ids: Tensor | None,
+    count: int,
+    temperature: float | None,
+    entropy: bool,
+) -> list[Tensor]:
+    """What a shard has to tell: maximum, log of the sum, entropy, tempered, tokens, choices, argmax, best tokens."""
+    ids = (shard.ids(token_ids), shard.ids(choice_ids))
+    maximum, max_logprob, argmax, entropies, tokens, tempered, topk, topk_ids, choices, *_ = (
+        torch.ops.pyqe.linear_softmax_stats(
+            hidden, shard.weight, shard.bias, logit_scale, logit_softcap, *ids, count, temperature, entropy, ""
+        )
+    )
+    columns = [maximum, -max_logprob, entropies, tempered, tokens, choices, topk]
+    if shard.bias is not None:  # a shard whose tokens cannot come says NaN, but those of others may
+        absent = maximum.isnan() & shard.bias.isneginf().all() & hidden.isfinite().all(1)
+        columns = [torch.where(absent.view(-1, *[1] * (c.dim() - 1)), -torch.inf, c) for c in columns]
+    *columns, topk = columns
+    return [*columns, (argmax + shard.offset).int(), *shard.candidates(topk, topk_ids, count)]
+
+
 def _linear_softmax_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -208,33 +247,20 @@ def _linear_softmax_stats(
     members = 0 if rule is None else rule.max_size(shard.vocab_size)
     count = min(max(top_k, members + 1 if rule else 0), shard.vocab_size)
     entropy = entropy or (rule is not None and rule.kind == "eta")
-    maximum, max_logprob, argmax, entropies, tokens, tempered, topk, topk_ids, choices, *_ = (
-        torch.ops.pyqe.linear_softmax_stats(
-            hidden,
-            shard.weight,
-            shard.bias,
-            *(logit_scale, logit_softcap),
-            *(shard.ids(token_ids), shard.ids(choice_ids), count, temperature, entropy, ""),
-        )
-    )
-    columns = [maximum, -max_logprob, entropies, tokens, tempered, choices, topk]
-    if shard.bias is not None:  # a shard whose tokens cannot come says NaN, but those of others may
-        absent = maximum.isnan() & shard.bias.isneginf().all() & hidden.isfinite().all(1)
-        columns = [torch.where(absent.view(-1, *[1] * (c.dim() - 1)), -torch.inf, c) for c in columns]
-    *columns, topk = columns
-    all_maximum, all_log_sum, all_entropies, all_tokens, all_tempered, all_choices, all_argmax, *all_topk = (
-        shard.gather(*columns, argmax + shard.offset, *shard.candidates(topk, topk_ids, count))
+    wanted = (logit_scale, logit_softcap, token_ids, choice_ids, count, temperature, entropy)
+    all_maximum, all_log_sum, entropies, tempered, tokens, choices, argmax, *best = shard.gather(
+        *_softmax_columns(shard, hidden, *wanted)
     )
     maximum = all_maximum.amax(0)
     maximum = torch.where(maximum.isfinite(), maximum, torch.nan)
     invalid = maximum.isnan()
     shares = all_maximum - maximum + all_log_sum
     log_sum = torch.logsumexp(shares, 0)
-    topk, topk_ids = _best(*all_topk, count=count)
-    topk, topk_ids = topk.masked_fill(invalid[:, None], torch.nan), topk_ids.masked_fill(invalid[:, None], -1)
+    topk, topk_ids = _best(*best, count=count)
+    topk, topk_ids = _valid(topk, invalid), topk_ids.masked_fill(invalid[:, None], -1)
     if entropy:
         shares = shares - log_sum
-        entropies = torch.where(shares.exp() == 0, 0.0, shares.exp() * (all_entropies - shares)).sum(0)
+        entropies = torch.where(shares.exp() == 0, 0.0, shares.exp() * (entropies - shares)).sum(0)
     dominants: tuple[Tensor, ...] = (topk_ids[:, :0],) * 3
     if rule is not None:
         kept = (topk[:, : members + 1], topk_ids[:, : members + 1])
@@ -242,13 +268,13 @@ def _linear_softmax_stats(
     return (
         maximum,
         -log_sum,
-        all_argmax.gather(0, all_maximum.argmax(0)[None])[0].masked_fill(invalid, -1),
+        argmax.gather(0, all_maximum.argmax(0)[None])[0].long().masked_fill(invalid, -1),
         entropies,
-        tokens if token_ids is None else _valid(shard.of_owner(all_tokens, token_ids), invalid),
-        tempered if temperature is None else torch.logsumexp(all_tempered, 0).masked_fill(invalid, torch.nan),
+        tokens if token_ids is None else _valid(shard.of_owner(tokens, token_ids), invalid),
+        tempered if temperature is None else torch.logsumexp(tempered, 0).masked_fill(invalid, torch.nan),
         topk[:, :top_k],
         topk_ids[:, :top_k],
-        choices if choice_ids is None else _valid(shard.of_owner(all_choices, choice_ids), invalid),
+        choices if choice_ids is None else _valid(shard.of_owner(choices, choice_ids), invalid),
         *dominants,
     )
 
@@ -274,14 +300,15 @@ def _linear_sigmoid_stats(
         hidden, shard.weight, shard.bias, scale, shift, shard.ids(token_ids), top_k, threshold
     )
     all_maximum, all_argmax, all_sums, all_above, all_tokens, *all_topk = shard.gather(
-        *(maximum, argmax + shard.offset, sum_prob, above, tokens), *shard.candidates(topk, topk_ids, top_k)
+        *(maximum, (argmax + shard.offset).int(), sum_prob, above.int(), tokens),
+        *shard.candidates(topk, topk_ids, top_k),
     )
     maximum = all_maximum.amax(0)
     invalid = maximum.isnan()
     topk, topk_ids = _best(*all_topk, count=top_k)
     return (
         maximum,
-        all_argmax.gather(0, all_maximum.argmax(0)[None])[0].masked_fill(invalid, -1),
+        all_argmax.gather(0, all_maximum.argmax(0)[None])[0].long().masked_fill(invalid, -1),
         all_sums.sum(0),
         above if threshold is None else all_above.sum(0).masked_fill(invalid, -1),
         tokens if token_ids is None else _valid(shard.of_owner(all_tokens, token_ids), invalid),
@@ -393,12 +420,15 @@ def _linear_sample_negatives(
         race = log_weights - torch.empty_like(log_weights).exponential_(generator=generator).log()
         for best, keys, share in zip(winners, race, shares, strict=True):
             best.append(keys.topk(min(share, keys.shape[1]), 1))
-    drawn = []
-    for best, share in zip(winners, shares, strict=True):
-        local_keys, local_ids = (torch.cat(column) for column in zip(*best, strict=True))
-        keys, ids = _best(*shard.gather(*shard.candidates(local_keys, local_ids, share)), count=share)
-        drawn.append(F.pad(ids.masked_fill(keys.isneginf(), -1), (0, share - ids.shape[1]), value=-1))
+    drawn = [_finish(shard, best, share) for best, share in zip(winners, shares, strict=True)]
     return reference.drop_repeats(torch.cat(drawn, 1))
+
+
+def _finish(shard: _Shard, winners: list[tuple[Tensor, Tensor]], share: int) -> Tensor:
+    """The first ``share`` of all shards' winners, blocks of (keys, ids), as ids [N, share] padded with -1."""
+    local_keys, local_ids = (torch.cat(column) for column in zip(*winners, strict=True))
+    keys, ids = _best(*shard.gather(*shard.candidates(local_keys, local_ids, share)), count=share)
+    return F.pad(ids.masked_fill(keys.isneginf(), -1), (0, share - ids.shape[1]), value=-1)
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {

@@ -19,14 +19,13 @@ def _average(parameter: Tensor, group: dist.ProcessGroup) -> None:
     parameter.grad /= group.size()
 
 
-def _average_rows(parameter: Tensor, group: dist.ProcessGroup) -> None:
-    """Average a sparse gradient of rows over the processes, in the order of their ranks.
+def mean_of_rows(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Mean over the processes of a sparse gradient of rows, summed in the order of their ranks.
 
-    What a process has is gathered at its widest, so that (R - 1) * rows * (4 D + 8) bytes come to each of R processes
-    from batches that touch that many rows; an all-reduce of all rows moves 2 (R - 1) / R * V * 4 D.
+    Each of R processes receives (R - 1) * rows * (4 D + 8) bytes, rows being those that the widest batch touches. An
+    all-reduce of all rows moves 2 (R - 1) / R * V * 4 D.
     """
-    assert parameter.grad is not None
-    grad = parameter.grad.coalesce()
+    grad = grad.coalesce()
     count = torch.tensor([grad.values().shape[0]], device=grad.device)
     counts = [torch.empty_like(count) for _ in range(group.size())]
     dist.all_gather(counts, count, group=group)
@@ -41,9 +40,14 @@ def _average_rows(parameter: Tensor, group: dist.ProcessGroup) -> None:
     total = rows.new_zeros(len(union), rows.shape[1])
     for ids, rows, size in zip(all_ids, all_rows, sizes, strict=True):  # no row twice in a call: no race, one order
         total.index_add_(0, torch.searchsorted(union, ids[:size]), rows[:size])
-    parameter.grad = torch.sparse_coo_tensor(
-        union[None], total / len(sizes), grad.shape, is_coalesced=True, check_invariants=False
-    )
+    total /= len(sizes)
+    return torch.sparse_coo_tensor(union[None], total, grad.shape, is_coalesced=True, check_invariants=False)
+
+
+def _average_rows(parameter: Tensor, group: dist.ProcessGroup) -> None:
+    """What has come in earlier passes is averaged already; that again leaves it as it is."""
+    assert parameter.grad is not None
+    parameter.grad = mean_of_rows(parameter.grad, group)
 
 
 def average_rows(module: TrainingModule, group: dist.ProcessGroup | None = None) -> None:
@@ -70,7 +74,6 @@ def average_rows(module: TrainingModule, group: dist.ProcessGroup | None = None)
     for name in names:
         parameter = getattr(module.head, name)
         dist.broadcast(parameter.detach(), group=group, group_src=0)
-        # Gradients that accumulate over several passes are averaged again, which leaves an average what it is.
         parameter.register_post_accumulate_grad_hook(lambda p: _average_rows(p, group))
 
 
