@@ -426,7 +426,7 @@ class RescalingHead(SigmoidHead):
     def joint_stats(
         self, hidden: Tensor, lm_head: LMHead, *, threshold: float | None = None, **options: Any
     ) -> tuple[F.SoftmaxStats, F.SigmoidStats]:
-        if self.config.base != "logit":
+        if self.config.base != "logit" or is_sharded(lm_head.weight):
             return super().joint_stats(hidden, lm_head, threshold=threshold, **options)
         return F.linear_joint_stats(
             hidden.to(lm_head.weight.dtype),

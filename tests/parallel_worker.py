@@ -7,6 +7,7 @@ file of its name in the folder.
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from pages import code_blocks
 from scipy.stats import chisquare
 from tiny import TEXTS, model, tokenizer
 from torch import Tensor
@@ -325,6 +327,7 @@ def check_heads_train_with_everything_sharded(folder: Path) -> None:
 
 def check_tensor_parallel_model(folder: Path) -> None:
     """A model that transformers has sharded: its head is a DTensor, and scores are those of one process."""
+    hidden = torch.randn(5, 32)
     if dist.get_rank() == 0:
         model(num_attention_heads=4, num_key_value_heads=4).save_pretrained(folder / "lm")
     dist.barrier()
@@ -332,12 +335,18 @@ def check_tensor_parallel_model(folder: Path) -> None:
     parallel = AutoModelForCausalLM.from_pretrained(
         folder / "lm", distributed_config=DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size())
     ).eval()
-    heads = [SigmoidHead.from_lm_head(lm, tokenizer(), base="logprob", kind="low_rank") for lm in (plain, parallel)]
-    assert isinstance(heads[1].A, torch.distributed.tensor.DTensor)
-    pairs = zip((plain, parallel), heads, strict=True)
-    scored = [pyqe.QualityEstimator(lm, tokenizer(), head).score(TEXTS) for lm, head in pairs]
-    for mine, theirs in zip(scored[1], scored[0], strict=True):
-        _close(torch.tensor(mine.token_quality), torch.tensor(theirs.token_quality))
+    for kind, base in (("full", "logit"), ("low_rank", "logit"), ("low_rank", "logprob")):
+        options: Any = {"kind": kind, "base": base}
+        heads = [SigmoidHead.from_lm_head(lm, tokenizer(), **options) for lm in (plain, parallel)]
+        assert is_sharded(getattr(heads[1], heads[1].by_token[0]))
+        pairs = zip((plain, parallel), heads, strict=True)
+        scored = [pyqe.QualityEstimator(lm, tokenizer(), head).score(TEXTS) for lm, head in pairs]
+        for mine, theirs in zip(scored[1], scored[0], strict=True):
+            _close(torch.tensor(mine.token_quality), torch.tensor(theirs.token_quality))
+        joint = [
+            head.joint_stats(hidden, LMHead.from_model(lm)) for lm, head in zip((plain, parallel), heads, strict=True)
+        ]
+        _close(joint[1][1].sum_prob, joint[0][1].sum_prob)
 
 
 # --- data parallel
@@ -422,6 +431,20 @@ def check_fsdp2(folder: Path) -> None:
         saved = SigmoidHead.from_pretrained(folder / kind)
         for (name, got), expected in zip(saved.named_parameters(), modules[0].head.parameters(), strict=True):
             torch.testing.assert_close(got, expected.detach(), atol=1e-4, rtol=1e-3, msg=name)
+
+
+def check_page(folder: Path) -> None:
+    """The examples of docs/distributed.md run."""
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    lm = model()
+    hidden, targets = torch.randn(30, 32), torch.randint(0, lm.config.vocab_size, (30,))
+    names = {"lm": lm, "tokenizer": tokenizer(), "texts": TEXTS * 4, "hidden": hidden, "targets": targets}
+    os.chdir(folder)
+    for block in code_blocks(page, "py"):
+        exec(compile(block, "distributed.md", "exec"), names)
+    dist.barrier()
+    for name in ("head", "run"):
+        SigmoidHead.from_pretrained(folder / name)
 
 
 def check_checkpoint(folder: Path) -> None:
