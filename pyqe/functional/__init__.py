@@ -5,7 +5,8 @@
 input is), ids int64 with -1 as padding. Every operation is a torch operator (``torch.ops.pyqe``), works under
 ``torch.compile(fullgraph=True)`` and runs on the backend that :func:`pyqe.use_backend` chooses. An id out of range
 raises ``IndexError`` on the CPU. On a GPU, where looking would wait for the device, it gives NaN for its row, in the
-gradient of the hidden states too, and adds nothing to the gradients of weight and bias.
+gradient of the hidden states too, and adds nothing to the gradients of weight and bias. A ``weight`` may be a DTensor
+whose rows are sharded over processes (docs/distributed.md).
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ def linear_joint_stats(
         IndexError: an id outside [0, V) other than -1 (CPU).
 
     Example:
+        >>> import torch
         >>> hidden, weight = torch.zeros(2, 3), torch.randn(4, 3)
         >>> softmax, sigmoid = linear_joint_stats(hidden, weight, entropy=True)
         >>> softmax.entropy.exp(), sigmoid.sum_prob  # all logits are 0
