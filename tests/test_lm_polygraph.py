@@ -104,7 +104,7 @@ def test_batch_size_changes_nothing(model: Any, head: SigmoidHead) -> None:
 def test_boosted_prob_ranks_as_theirs(model: Any) -> None:
     manager = run(model, [BoostedProb(), BoostedProb("token"), BoostedProbSequence()])
     ours, theirs = (manager.estimations["sequence", name] for name in ("BoostedProb", "BoostedProbSequence"))
-    np.testing.assert_allclose(ours, 1 + np.array(theirs), rtol=1e-4)
+    np.testing.assert_allclose(ours, 1 + np.array(theirs), rtol=1e-3)  # theirs without EOS at the first two tokens
     assert [len(row) + 1 for row in manager.estimations["token", "BoostedProbToken"]] == [
         len(row) for row in manager.stats["greedy_tokens"]
     ]
