@@ -97,8 +97,8 @@ class SigmoidHeadQuality(_ScoreEstimator):
 class BoostedProb(_ScoreEstimator):
     """One minus BoostedProb, without lm-polygraph's [T, V] log-probabilities.
 
-    lm-polygraph's own ``BoostedProbSequence`` is minus the same mean. The distribution is the model's own; lm-polygraph's
-    lacks the tokens that it forbids (EOS at the first two places, newlines unless they are allowed).
+    lm-polygraph's own ``BoostedProbSequence`` is minus the same mean. The distribution is the model's own; theirs lacks
+    the tokens that lm-polygraph forbids (EOS at the first two places, newlines unless they are allowed).
 
     Args:
         level: "sequence" (of the mean) or "token".

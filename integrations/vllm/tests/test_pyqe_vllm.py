@@ -308,8 +308,8 @@ def test_endpoint(processor: Any, model: LlamaForCausalLM, head: Path, monkeypat
     client = testclient.TestClient(app)
     for i, output in enumerate(outputs):
         wanted = {"key": str(i), "token_ids": output.outputs[0].token_ids}
-        answer = client.post("/plugins/pyqe/scores", json=wanted).json()
+        answer = client.post("/v1/plugins/pyqe/scores", json=wanted).json()
         expected = offline(model, SigmoidHead.from_pretrained(head), output)
         np.testing.assert_allclose(answer["token_quality"], expected["quality"], rtol=2e-4)
-        assert client.post("/plugins/pyqe/scores", json=wanted).status_code == 404  # taken
-    assert client.post("/plugins/pyqe/scores", json={"key": "1"}).status_code == 422
+        assert client.post("/v1/plugins/pyqe/scores", json=wanted).status_code == 404  # taken
+    assert client.post("/v1/plugins/pyqe/scores", json={"key": "1"}).status_code == 422

@@ -16,11 +16,14 @@ class Wanted(BaseModel):
     """A finished request: its ``vllm_xargs["pyqe"]`` and the ``token_ids`` of its answer."""
 
     key: str = Field(min_length=1, max_length=128)
-    token_ids: list[int]
+    token_ids: list[int] = Field(max_length=1_000_000)
 
 
 class ScoresEndpoint:
-    """``POST /plugins/pyqe/scores``; the head is the folder that the environment's ``PYQE_HEAD`` names."""
+    """``POST /v1/plugins/pyqe/scores``; the head is the folder that the environment's ``PYQE_HEAD`` names.
+
+    Below ``/v1``, as vLLM's ``--api-key`` guards nothing else.
+    """
 
     name = "pyqe"
     required_tasks = ("generate",)
@@ -28,7 +31,7 @@ class ScoresEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Add the route."""
 
-        @app.post("/plugins/pyqe/scores")
+        @app.post("/v1/plugins/pyqe/scores")
         async def scores(wanted: Wanted, request: Request) -> dict[str, list[float | None]]:
             engine = request.app.state.pyqe_engine
             ((answer,),) = await engine.collective_rpc("pyqe_scores", args=([(wanted.key, wanted.token_ids)],))
