@@ -83,6 +83,7 @@ $(VENV)/.pyqe: $(VENV)/.torch $(SOURCES)
 $(VENV)/.dev: $(VENV)/.pyqe
 	@echo "Installing what the tests need"
 	$(BUILD) '.[dev]'
+	$(PIP) install --quiet --no-deps --requirement tests/lm-polygraph.txt
 	touch $@
 
 $(VENV)/.quality: $(VENV)/.pyqe

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyqe import functional as F
 from pyqe.continuous import BatchScorer, one_batch_at_a_time
-from pyqe.dominant import DominantRule
 from pyqe.generation import (
     StopRecorder,
     check_decoding,
@@ -28,7 +26,7 @@ from pyqe.generation import (
 from pyqe.heads import SigmoidHead
 from pyqe.lm_head import LMHead, around_forward, one_thread_at_a_time, output_embedding, restore_attribute
 from pyqe.scored import Signal
-from pyqe.signals import base_wanted, check_signals, softmax_options, token_scores
+from pyqe.signals import check_signals, scores_of_logits
 from pyqe.streamer import QualityStreamer
 
 if TYPE_CHECKING:
@@ -187,17 +185,9 @@ class Attachment:
         scorer.add_to(results, options)
         return results
 
-    @torch.no_grad()
     def score(self, hidden: Tensor, logits: Tensor, token_ids: Tensor) -> dict[Signal, Tensor]:
         """Scores [M, K] of tokens [M, K], from hidden states [M, D] and logits [M, V]; -1 gives NaN."""
-        if self.head is not None and self.head.scale.device != hidden.device:
-            self.head.to(hidden.device)
-        token_ids = token_ids.masked_fill(token_ids >= logits.shape[-1], -1)  # padding may be no token of the model's
-        options = softmax_options(self.signals, self.head, DominantRule.jump("last"))
-        stats = None if options is None else F.softmax_stats(logits, token_ids=token_ids, **options)
-        on_logit = base_wanted(self.signals, self.head) == "logit"
-        token_logits = logits.gather(1, token_ids.clamp(min=0)).float() if on_logit else None
-        return token_scores(self.signals, self.head, hidden, token_ids, stats, token_logits)
+        return scores_of_logits(self.signals, self.head, hidden, logits, token_ids)
 
 
 class StepScorer(StopRecorder):

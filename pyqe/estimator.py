@@ -130,11 +130,52 @@ class QualityEstimator(ModelRunner):
         chosen = self._signals(signals)
         prompts = self._check_texts(texts, prompts)
         _check_positive(batch_size=batch_size, max_length=max_length)
+        encoded = [self._encode(text, prompt, add_bos) for text, prompt in zip(texts, prompts, strict=True)]
+        return self._score(encoded, chosen, batch_size, max_length, overlap, strict, on_progress)
+
+    def score_ids(
+        self,
+        token_ids: Sequence[list[int]],
+        prompt_ids: Sequence[list[int]],
+        *,
+        signals: Collection[Signal] | None = None,
+        batch_size: int = 16,
+    ) -> list[ScoredText]:
+        """Score tokens that are there already, such as another program's output; otherwise as :meth:`score`.
+
+        Args:
+            token_ids: ids of each text.
+            prompt_ids: ids of what came before each (BOS included), or of the source of an encoder-decoder.
+            signals, batch_size: as in :meth:`score`.
+
+        Raises:
+            ValueError: lengths differ, unknown signals, a number out of range.
+        """
+        if len(token_ids) != len(prompt_ids):
+            raise ValueError(f"prompt_ids: expected one for each of {len(token_ids)} texts, got {len(prompt_ids)}")
+        chosen = self._signals(signals)
+        _check_positive(batch_size=batch_size)
+        encoded = []
+        for ids, before in zip(token_ids, prompt_ids, strict=True):
+            parts = encoding.pieces(self.tokenizer, ids)
+            text = "".join(part for part in parts if part is not None)
+            encoded.append(Encoded(text, None, before, ids, encoding.locate(text, parts)))
+        return self._score(encoded, chosen, batch_size)
+
+    def _score(
+        self,
+        encoded: Sequence[Encoded],
+        chosen: tuple[Signal, ...],
+        batch_size: int,
+        max_length: int | None = None,
+        overlap: int | None = None,
+        strict: bool = False,
+        on_progress: Callable[[int], object] | None = None,
+    ) -> list[ScoredText]:
         context = min(max_length or self.context, self.context)
         overlap = context // 2 if overlap is None else overlap
         if not 0 <= overlap < context:
             raise ValueError(f"overlap: expected a number in [0, {context}), got {overlap}")
-        encoded = [self._encode(text, prompt, add_bos) for text, prompt in zip(texts, prompts, strict=True)]
         results = [self._result(item, chosen) for item in encoded]
         windows = [self._windows(index, item, context, overlap, strict) for index, item in enumerate(encoded)]
         with self._inference():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyqe import functional as F
 from pyqe.dominant import DominantRule
 from pyqe.functional import SoftmaxStats
 from pyqe.heads import Base, SigmoidHead
@@ -65,6 +66,21 @@ def token_scores(
     if stats is not None:
         scores |= _softmax_scores(stats, token_ids, signals)
     return {signal: scores[signal].float() for signal in signals}
+
+
+@torch.no_grad()
+def scores_of_logits(
+    signals: Collection[Signal], head: SigmoidHead | None, hidden: Tensor, logits: Tensor, token_ids: Tensor
+) -> dict[Signal, Tensor]:
+    """Scores [M, K] of tokens [M, K], from hidden states [M, D] and logits [M, V] that exist already; -1 gives NaN."""
+    if head is not None and head.scale.device != hidden.device:
+        head.to(hidden.device)
+    token_ids = token_ids.masked_fill(token_ids >= logits.shape[-1], -1)  # padding may be no token of the model's
+    options = softmax_options(signals, head, DominantRule.jump("last"))
+    stats = None if options is None else F.softmax_stats(logits, token_ids=token_ids, **options)
+    on_logit = base_wanted(signals, head) == "logit"
+    token_logits = logits.gather(1, token_ids.clamp(min=0)).float() if on_logit else None
+    return token_scores(signals, head, hidden, token_ids, stats, token_logits)
 
 
 def _quality(logits: Tensor, stats: SoftmaxStats | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ MODULES = [
     module.name
     for module in pkgutil.walk_packages(pyqe.__path__, "pyqe.")
     if not module.name.endswith(("__main__", "._C"))
+    and (module.name != "pyqe.integrations.lm_polygraph" or importlib.util.find_spec("lm_polygraph"))
 ]
 
 LM_PAGES = ("choice.md", "training.md")  # need the real language model
