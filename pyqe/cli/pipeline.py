@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import click
@@ -13,7 +14,7 @@ from pyqe.cli.options import Decorator, option_group
 from pyqe.cli.output import Counts, Output
 from pyqe.cli.rows import FORMATS, Check, Format, Row, chunks, complain, read_rows
 
-_CHUNK_BATCHES = 8  # batches whose rows are sorted by length together, and written together
+CHUNK_BATCHES = 8  # batches whose rows are sorted by length together, and written together
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Task:
     work: Callable[[Sequence[Row], Callable[[int], object]], list[list[dict[str, Any]]]]
     unseen: Callable[[Row], dict[str, Any]]
     unit: str = "tokens"
+
+
+Load = Callable[[], Task]
 
 
 class Summary(Protocol):
@@ -77,6 +81,7 @@ def stream_options(*input_forms: Format, output_forms: Sequence[Format] = FORMAT
     Where there is only one format, --from or --to is not shown.
     """
     only = input_forms[0] if len(input_forms) == 1 else None
+    whole = ", ".join(form for form in output_forms if form not in ("text", "tsv"))
     return option_group(
         "streams",
         Streams,
@@ -98,16 +103,14 @@ def stream_options(*input_forms: Format, output_forms: Sequence[Format] = FORMAT
             default="jsonl",
             show_default=True,
             hidden=len(output_forms) == 1,
-            help="jsonl: everything; text: one quality a row; tsv: one token a line, escaped as in JSON.",
+            help=f"{whole}: everything; text: one quality a row; tsv: one token a line, escaped as in JSON.",
         ),
         click.option("--strict", is_flag=True, help="Stop at the first bad row instead of reporting it."),
         click.option("--resume", is_flag=True, help="Go on after an interrupted run, from OUTPUT.partial."),
     )
 
 
-def run(
-    streams: Streams, fields: Fields, batch_size: int, load: Callable[[], Task], summary: Summary | None = None
-) -> None:
+def run(streams: Streams, fields: Fields, batch_size: int, load: Load, summary: Summary | None = None) -> None:
     """Send rows through a task and write the results, in the order of the input.
 
     Input and output are opened, and what is to be resumed is checked, before the model is loaded.
@@ -118,7 +121,7 @@ def run(
         OSError: input or output cannot be opened, the disk is full.
         ValueError: ``resume`` with another input.
     """
-    size = _CHUNK_BATCHES * batch_size
+    size = CHUNK_BATCHES * batch_size
     rows = read_rows(streams.source, streams.input_form, fields.main, fields.check)
     on_result = _ignore if summary is None else summary.add
     output = Output(streams.output, streams.output_form)
@@ -126,16 +129,21 @@ def run(
     with output:
         task = load()
         counts, seconds = _process(rows, size, task, output, fields, streams.strict, on_result)
-    before = f", {kept.rows} from an earlier run" if kept.rows else ""
-    click.echo(
-        f"pyqe: {counts.rows} rows{before}, {counts.failed + kept.failed} failed, {counts.units} {task.unit} in "
-        f"{seconds:.1f} s ({counts.units / seconds:.0f} {task.unit}/s)",
-        err=True,
-    )
+    say_counts(counts, kept, task.unit, seconds)
     if summary is not None:
         summary.report()
     if counts.failed + kept.failed:
         raise click.exceptions.Exit(3)
+
+
+def say_counts(counts: Counts, kept: Counts, unit: str, seconds: float) -> None:
+    """The last line of a run: what it did, and what an earlier one had done."""
+    before = f", {kept.rows} from an earlier run" if kept.rows else ""
+    click.echo(
+        f"pyqe: {counts.rows} rows{before}, {counts.failed + kept.failed} failed, {counts.units} {unit} in "
+        f"{seconds:.1f} s ({counts.units / seconds:.0f} {unit}/s)",
+        err=True,
+    )
 
 
 def _process(
@@ -157,20 +165,41 @@ def _process(
             counts.units += units  # the bar does not count where it is not shown
             bar.update(units)
 
-        for chunk in chunks((_judged(row, task.check) for row in rows), size):
-            for row in chunk:
-                if row.status == "failed":
-                    complain(row.line, row.reason, strict)
-            good = [row for row in chunk if row.status == "ok"]
-            answers = iter(task.work(good, on_progress) if good else [])
-            pairs = [(row, next(answers) if row.status == "ok" else [task.unseen(row)]) for row in chunk]
+        for chunk in chunks(rows, size):
+            written, failed = answer(chunk, task, fields.kept, on_progress, partial(complain, strict=strict))
             counts.rows += len(chunk)
-            counts.failed += sum(_count_failed(row, results, strict) for row, results in pairs)
-            written = [_result_row(row, result, fields.kept) for row, results in pairs for result in results]
+            counts.failed += failed
             output.write(written)
             for result in written:
                 on_result(result)
     return counts, max(time.monotonic() - started, 1e-9)
+
+
+def answer(
+    rows: Sequence[Row],
+    task: Task,
+    kept: Sequence[str],
+    on_progress: Callable[[int], object],
+    on_failed: Callable[[int, str | None], object],
+) -> tuple[list[dict[str, Any]], int]:
+    """Result rows of a chunk, in order, and how many of its rows failed.
+
+    Args:
+        rows: the chunk.
+        task: what to do with them.
+        kept: fields of the input that result rows repeat unchanged.
+        on_progress: called with numbers of units.
+        on_failed: called with the number of a row that fails, and the reason.
+    """
+    rows = [_judged(row, task.check) for row in rows]
+    for row in rows:
+        if row.status == "failed":
+            on_failed(row.line, row.reason)
+    good = [row for row in rows if row.status == "ok"]
+    answers = iter(task.work(good, on_progress) if good else [])
+    pairs = [(row, next(answers) if row.status == "ok" else [task.unseen(row)]) for row in rows]
+    failed = sum(_count_failed(row, results, on_failed) for row, results in pairs)
+    return [_result_row(row, result, kept) for row, results in pairs for result in results], failed
 
 
 def _judged(row: Row, check: Check) -> Row:
@@ -190,11 +219,11 @@ def without_tokens(row: Row) -> dict[str, Any]:
     return ScoredText("", status=row.status, reason=row.reason).to_dict()
 
 
-def _count_failed(row: Row, results: Sequence[dict[str, Any]], strict: bool) -> int:
+def _count_failed(row: Row, results: Sequence[dict[str, Any]], on_failed: Callable[[int, str | None], object]) -> int:
     """1 if a result is failed, which is reported unless the row was already."""
     reasons = [result["reason"] for result in results if result["status"] == "failed"]
     if reasons and row.status == "ok":
-        complain(row.line, reasons[0], strict)
+        on_failed(row.line, reasons[0])
     return 1 if reasons else 0
 
 

@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn, TypeVar
 
-Format = Literal["jsonl", "text", "tsv"]
-FORMATS: tuple[Format, ...] = ("jsonl", "text", "tsv")
+Format = Literal["jsonl", "text", "tsv", "parquet"]
+FORMATS: tuple[Format, ...] = ("jsonl", "text", "tsv")  # of lines
 _SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
@@ -63,8 +63,7 @@ def read_rows(path: str, form: str, name: str, check: Check) -> Iterator[Row]:
         OSError: the file cannot be read.
         ValueError: TSV where there is no target.
     """
-    if form == "auto":
-        form = _SUFFIXES.get(Path(path).suffix.lower(), "auto")
+    form = _form_by_name(path, form)
     if form == "tsv" and name != "text":
         raise ValueError(f"{path}: TSV is source TAB target, and there is no target here; --from tells another format")
     source: AbstractContextManager[IO[bytes]]
@@ -77,9 +76,31 @@ def _rows(source: AbstractContextManager[IO[bytes]], form: str, name: str, check
         lines: Iterable[bytes] = stream
         if form == "auto":
             form, lines = _recognised(stream)
-        for number, raw in enumerate(lines, 1):
-            raw = raw.removesuffix(b"\n").removesuffix(b"\r")
-            yield _row(number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, form, name, check)
+        yield from rows_of_lines(lines, 1, form, name, check)
+
+
+def rows_of_lines(lines: Iterable[bytes], first: int, form: str, name: str, check: Check) -> Iterator[Row]:
+    """Rows of consecutive lines of a file, the first of which has the number ``first``."""
+    for number, raw in enumerate(lines, first):
+        raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+        yield _row(number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, form, name, check)
+
+
+def form_of_file(path: str, form: str) -> str:
+    """The format of a file's lines, where ``form`` is "auto" as in :func:`read_rows`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    form = _form_by_name(path, form)
+    if form != "auto":
+        return form
+    with open(path, "rb") as stream:
+        return _recognised(stream)[0]
+
+
+def _form_by_name(path: str, form: str) -> str:
+    return _SUFFIXES.get(Path(path).suffix.lower(), "auto") if form == "auto" else form
 
 
 def _recognised(stream: Iterable[bytes]) -> tuple[Format, Iterable[bytes]]:
@@ -189,7 +210,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, list):
         return "a list" if value else "an empty list"
     names = {bool: "true or false", int: "a number", float: "a number", dict: "an object", str: "a string"}
-    return names[type(value)]
+    return names.get(type(value), type(value).__name__)  # Parquet has more than JSON
 
 
 def complain(line: int, reason: str | None, strict: bool) -> None:

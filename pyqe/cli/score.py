@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import click
 
+from pyqe.cli.corpus import CorpusOptions, corpus_options, is_corpus
+from pyqe.cli.corpus import run as run_corpus
 from pyqe.cli.options import EstimatorOptions, config_option, estimator_options
 from pyqe.cli.pipeline import Fields, Streams, Task, run, stream_options, without_tokens
-from pyqe.cli.rows import BadRowError, Row, check_chat, check_text
+from pyqe.cli.processes import local_device
+from pyqe.cli.rows import FORMATS, BadRowError, Row, check_chat, check_text
 
 
 @click.command("score")
-@stream_options("jsonl", "text", "tsv")
+@stream_options("jsonl", "text", "tsv", "parquet", output_forms=(*FORMATS, "parquet"))
 @estimator_options
+@corpus_options
 @click.option("--max-length", type=click.IntRange(2), help="Tokens in a window; default the model's context.")
 @click.option("--overlap", type=click.IntRange(0), help="Tokens that windows of a long text share; default half.")
 @config_option
-def command(streams: Streams, chosen: EstimatorOptions, max_length: int | None, overlap: int | None) -> None:
+def command(
+    streams: Streams, chosen: EstimatorOptions, corpus: CorpusOptions, max_length: int | None, overlap: int | None
+) -> None:
     """Score every token of the texts in INPUT (default stdin).
 
     A JSON line needs "text" and may have "prompt", a text or a list of chat messages; its other fields are passed
@@ -26,15 +35,30 @@ def command(streams: Streams, chosen: EstimatorOptions, max_length: int | None, 
     becomes the prompt, or the encoder's input). Each row gives one output row, in order, with the input's line number
     as "line"; a blank line has status "empty", a bad one "failed", with the reason.
 
+    INPUT can also be a Parquet file, a folder or a pattern such as 'texts/*.jsonl'; OUTPUT a Parquet file or a folder,
+    with a "/" at its end. The processes of a torchrun job share the rows, as the workers of --engine ray do.
+
     \b
     pyqe score texts.jsonl -m smollm2 --head head -o scores.jsonl
     echo "The cat sat on the mat." | pyqe score -m smollm2 --to tsv
+    torchrun --nproc-per-node 4 -m pyqe score texts.parquet -m MODEL -o scores/
     """
     if streams.output_form == "text":
         chosen.require_quality("--to text")
     limits = {"max_length": max_length, "overlap": overlap}
     fields = Fields("text", ("text", "prompt"), check_text)
-    run(streams, fields, chosen.batch_size, lambda: _task(chosen, limits, streams.strict))
+    if not is_corpus(streams, corpus):
+        run(streams, fields, chosen.batch_size, partial(_task, chosen, limits, streams.strict))
+        return
+    chosen = replace(chosen, device=local_device(chosen.device), **_absolute(chosen))
+    settings = {"model": chosen.model_name, "head": chosen.head_name, "signals": chosen.signals, **limits}
+    run_corpus(streams, fields, chosen.batch_size, partial(_task, chosen, limits, streams.strict), corpus, settings)
+
+
+def _absolute(chosen: EstimatorOptions) -> dict[str, Any]:
+    """Names of folders as they are from anywhere: workers may have another current folder."""
+    names = {"model_name": chosen.model_name, "head_name": chosen.head_name}
+    return {key: os.path.abspath(name) for key, name in names.items() if name is not None and os.path.isdir(name)}
 
 
 def _task(chosen: EstimatorOptions, limits: dict[str, int | None], strict: bool) -> Task:
