@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyqe.heads import HeadMismatchError, SigmoidHead
     from pyqe.losses import SigmoidHeadLoss
     from pyqe.negatives import NegativeSampler
+    from pyqe.ray_scorer import RayScorer
     from pyqe.streamer import QualityStreamer
 
 # Loaded when first used: importing torch takes a second, and `pyqe --help` needs none of it.
@@ -26,6 +27,7 @@ _HOMES = {
     "NegativeSampler": "pyqe.negatives",
     "QualityEstimator": "pyqe.estimator",
     "QualityStreamer": "pyqe.streamer",
+    "RayScorer": "pyqe.ray_scorer",
     "ScoredText": "pyqe.estimator",
     "SigmoidHead": "pyqe.heads",
     "SigmoidHeadLoss": "pyqe.losses",
@@ -45,6 +47,7 @@ __all__ = [
     "NegativeSampler",
     "QualityEstimator",
     "QualityStreamer",
+    "RayScorer",
     "ScoredText",
     "SigmoidHead",
     "SigmoidHeadLoss",

@@ -143,14 +143,15 @@ def run(
         resume = streams.resume or processes.restarted
         plan = processes.share(lambda: _prepare(streams, form, resume, options, settings))
         job = Job(plan.parts, form, fields, CHUNK_BATCHES * batch_size, plan.several_files, streams.strict)
-        started = time.monotonic()
-        # One after the other in turn: texts of one kind, such as the long ones, often stand together
+        # Each in its turn: texts of one kind, such as the long ones, often stand together
         todo = plan.todo[processes.rank :: processes.size]
-        finished = _on_ray(todo, job, load, options) if options.engine == "ray" else _here(todo, job, load)
-        counts = processes.gather(_follow(finished, todo, plan.several_files, shown=processes.rank == 0))
-        if counts is None:
-            return
-        plan.parts.finish(len(plan.shards))
+        started = time.monotonic()
+        with plan.parts:
+            finished = _on_ray(todo, job, load, options) if options.engine == "ray" else _here(todo, job, load)
+            counts = processes.gather(_follow(finished, todo, plan.several_files, shown=processes.rank == 0))
+            if counts is None:
+                return
+            plan.parts.finish(len(plan.shards))
     total = Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
     say_counts(total, plan.kept, "tokens", max(time.monotonic() - started, 1e-9))
     if (total.failed or plan.kept.failed) and not processes.restarting:
@@ -236,11 +237,12 @@ def score_shard(shard: Shard, job: Job, task: Task) -> Done:
     Raises:
         BadRowError: with ``strict``.
         OSError: the input cannot be read, the disk is full.
-        RuntimeError: the input has changed meanwhile.
+        RuntimeError: the input has changed meanwhile; the shard has ended several processes.
     """
     before = job.parts.finished(shard.number)
     if before is not None:  # by a worker that died with other shards of its block undone
         return Done(shard.number, before["rows"], before["failed"], before["units"])
+    job.parts.attempt(shard.number)
     units: list[int] = []
     complaints: list[tuple[int, str]] = []
 

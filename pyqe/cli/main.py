@@ -11,6 +11,7 @@ import click
 
 from pyqe import __version__
 from pyqe.cli import bench, calibrate, choice, demo, doctor, eval, generate, report, score, serve, train
+from pyqe.cli.errors import EXPECTED_ERRORS, one_line
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -21,10 +22,10 @@ class Group(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().main(*args, **kwargs)  # ends quietly with 1 where the reader of stdout has gone
-        except (OSError, ValueError, TypeError, RuntimeError, LookupError, ImportError, MemoryError) as error:
+        except EXPECTED_ERRORS as error:
             if os.environ.get("PYQE_DEBUG") == "1":
                 traceback.print_exc()
-            click.echo(f"pyqe: error: {_one_line(error)}", err=True)
+            click.echo(f"pyqe: error: {one_line(error)}", err=True)
             _give_up_stdout()
             sys.exit(FAILED)
 
@@ -42,12 +43,6 @@ def _give_up_stdout() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

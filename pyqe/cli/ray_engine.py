@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 from pyqe.cli.corpus import Done, Job, score_shard
+from pyqe.cli.errors import EXPECTED_ERRORS, one_line
 from pyqe.cli.pipeline import Load
 from pyqe.cli.shards import Shard
 
 _BLOCKS = 100  # of shards for each worker: few enough to schedule, enough for all to end together
-_RETRIES = 3  # of a block whose worker has died: rows that kill every worker must not do so for ever
 
 
 def score_on_ray(
@@ -29,8 +33,9 @@ def score_on_ray(
 
     Raises:
         ImportError: there is no Ray.
-        RuntimeError: workers died again and again.
+        RuntimeError: what a worker has raised; Ray's own errors.
     """
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # the progress is ours to tell
     try:
         import ray
         import ray.data
@@ -44,12 +49,16 @@ def score_on_ray(
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         pool = _pool(ray.nodes(), len(todo), workers, gpus_per_worker)
-        blocks = min(len(todo), _BLOCKS * pool["concurrency"])
+        blocks = min(len(todo), _BLOCKS * pool["compute"].max_size)
         shards = ray.data.from_items([asdict(shard) for shard in todo], override_num_blocks=blocks)
-        how = {"batch_size": 1, "batch_format": "pyarrow", "max_task_retries": _RETRIES, **pool}
+        how = {"batch_size": 1, "batch_format": "pyarrow", **pool}
         finished = shards.map_batches(_Worker, fn_constructor_args=(job, load), **how)
         for row in finished.iter_rows():
-            yield Done(**row)
+            if row["error"]:
+                raise RuntimeError(row["error"]) from RuntimeError(row["trace"])
+            yield Done(**json.loads(row["done"]))
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"Ray: {error}") from error
     finally:
         if not was_running:
             ray.shutdown()
@@ -59,22 +68,28 @@ class _Worker:
     """Scores shards in an actor."""
 
     def __init__(self, job: Job, load: Load) -> None:
-        self._job, self._task = job, load()
+        self._job, self._load = job, cache(load)
 
     def __call__(self, shards: Any) -> Any:
-        done = [asdict(score_shard(Shard(**row), self._job, self._task)) for row in shards.to_pylist()]
-        return {name: [row[name] for row in done] for name in done[0]}
+        (row,) = shards.to_pylist()
+        try:
+            done = score_shard(Shard(**row), self._job, self._load())
+        except EXPECTED_ERRORS as error:  # Ray would wrap it, and print a page
+            return {"done": [""], "error": [one_line(error)], "trace": [traceback.format_exc()]}
+        return {"done": [json.dumps(asdict(done))], "error": [""], "trace": [""]}
 
 
 def _pool(
     nodes: Sequence[dict[str, Any]], shards: int, workers: int | None, gpus_per_worker: float | None
 ) -> dict[str, Any]:
     """How many actors, and what each takes."""
+    from ray.data import ActorPoolStrategy
+
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = sum(found.get("GPU", 0) for found in resources)
     cpus = [found["CPU"] for found in resources if found.get("CPU")]
     share = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
     workers = min(shards, workers or (int(gpus // share) if share else len(cpus)))
     if share:
-        return {"concurrency": workers, "num_gpus": share}
-    return {"concurrency": workers, "num_cpus": max(1, int(min(*cpus, sum(cpus) / workers)))}
+        return {"compute": ActorPoolStrategy(size=workers), "num_gpus": share}
+    return {"compute": ActorPoolStrategy(size=workers), "num_cpus": max(1, int(min(*cpus, sum(cpus) / workers)))}

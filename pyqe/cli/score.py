@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from pyqe.cli.options import EstimatorOptions, config_option, estimator_options
 from pyqe.cli.pipeline import Fields, Streams, Task, run, stream_options, without_tokens
 from pyqe.cli.processes import local_device
 from pyqe.cli.rows import FORMATS, BadRowError, Row, check_chat, check_text
+
+if TYPE_CHECKING:
+    from pyqe.estimator import QualityEstimator
 
 
 @click.command("score")
@@ -62,11 +65,21 @@ def _absolute(chosen: EstimatorOptions) -> dict[str, Any]:
 
 
 def _task(chosen: EstimatorOptions, limits: dict[str, int | None], strict: bool) -> Task:
+    options = {"signals": chosen.signals, "batch_size": chosen.batch_size, **limits}
+    return score_task(chosen.estimator(), options, strict)
+
+
+def score_task(estimator: QualityEstimator, options: dict[str, Any], strict: bool) -> Task:
+    """Rows with "text" and perhaps "prompt", scored.
+
+    Args:
+        estimator: scores them.
+        options: of its ``score``.
+        strict: a text that does not fit the model's context is an error.
+    """
     from pyqe.estimator import TextTooLongError
 
-    estimator = chosen.estimator()
     is_seq2seq = estimator.model.config.is_encoder_decoder
-    options: dict[str, Any] = {"signals": chosen.signals, "batch_size": chosen.batch_size, **limits}
 
     def check(fields: dict[str, Any]) -> str | None:
         if fields.get("prompt") is None:

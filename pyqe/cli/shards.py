@@ -14,12 +14,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+import click
 
 from pyqe._files import atomic_path
 from pyqe.cli import parquet
 from pyqe.cli.rows import Check, Row, form_of_file, rows_of_lines
 
+_MOST_TRIES = 4  # of a shard in a run: rows that kill every worker must not do so for ever
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".tsv", ".txt", ".parquet")  # of a folder's files that are read
 
 
@@ -108,6 +112,8 @@ def _spans_of_lines(path: str, size: int) -> Iterator[tuple[int, int, int]]:
 class Parts:
     """The folder ``OUTPUT.parts``: a part for each shard, and in ``_pyqe`` what was asked for and which are done.
 
+    As a context manager it says, after an error, that it is there.
+
     Args:
         output: where everything goes in the end: a folder, if it is one or its name ends with "/", else a file.
         form: "jsonl" or "parquet".
@@ -123,6 +129,13 @@ class Parts:
             raise FileExistsError(f"{output}: the folder has something in it already")
         self.folder = self._target.with_name(self._target.name + ".parts")
         self._form = form
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            click.echo(f"pyqe: what is done so far is in {self.folder}; --resume goes on from there", err=True)
 
     @property
     def _state(self) -> Path:
@@ -142,6 +155,8 @@ class Parts:
             differing = [name for name in plan if before.get(name) != plan[name]]
             if differing:
                 raise ValueError(f"--resume: {self.folder} belongs to another run: not the same {', '.join(differing)}")
+            for path in self._state.glob("*.tries"):
+                path.unlink()
             return
         if saved.exists():
             shutil.rmtree(self.folder)
@@ -150,6 +165,17 @@ class Parts:
         self._state.mkdir(parents=True, exist_ok=True)
         with atomic_path(saved) as path:
             path.write_text(json.dumps(plan), encoding="utf-8")
+
+    def attempt(self, number: int) -> None:
+        """Note that a shard is begun.
+
+        Raises:
+            RuntimeError: it has been so often, and each time ended the process: out of memory, for example.
+        """
+        with self._mark(number).with_suffix(".tries").open("ab") as stream:
+            if stream.tell() >= _MOST_TRIES:
+                raise RuntimeError(f"{self._part(number).name}: begun {_MOST_TRIES} times; does it end its process?")
+            stream.write(b".")
 
     def write(self, number: int, pieces: Sequence[Any], counts: dict[str, int]) -> None:
         """Write a shard's results, bytes or tables, and note what they are.
