@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 class RayScorer:
     """Adds scores to the rows of a Ray Dataset, for ``Dataset.map_batches``.
 
-    Rows need a column "text" and may have "prompt", a text or a list of chat messages. Added, or replaced, are "quality",
-    "status" ("ok", "partial", "empty", "failed"), "reason" (why it is not "ok"), "finish_reason", "token_ids", "tokens",
-    "offsets" and "token_quality", "token_prob", "token_max_prob", "token_entropy", "token_boosted_prob", as in
-    :class:`pyqe.ScoredText`. A row that cannot be scored stays, with status "failed".
+    Rows need a column "text" and may have "prompt", a text or a list of chat messages. Added, or replaced, are
+    "quality", "status" ("ok", "partial", "empty", "failed"), "reason" (why it is not "ok"), "finish_reason",
+    "token_ids", "tokens", "offsets" and "token_quality", "token_prob", "token_max_prob", "token_entropy",
+    "token_boosted_prob", as in :class:`pyqe.ScoredText`; null where there is none. A row that cannot be scored stays,
+    with status "failed".
 
     Args:
         load: makes the estimator; called once in each worker.

@@ -18,7 +18,7 @@ from pyqe.cli.output import Counts, is_special
 from pyqe.cli.pipeline import CHUNK_BATCHES, Fields, Load, Streams, Task, answer, say_counts
 from pyqe.cli.processes import Processes, size_of_job
 from pyqe.cli.rows import BadRowError, Row, chunks, complain
-from pyqe.cli.shards import Parts, Shard, cut, find_files
+from pyqe.cli.shards import Parts, Shard, cut, find_files, parts_folder
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Done:
 
 
 def is_corpus(streams: Streams, options: CorpusOptions) -> bool:
-    """Whether rows are to be cut into shards: several processes, several files, Parquet, or a folder to write to."""
+    """Whether rows are cut into shards: several processes or files, Parquet, a folder as output, an earlier run's parts."""
     source, output = streams.source, streams.output
     return (
         options.engine == "ray"
@@ -111,6 +111,7 @@ def is_corpus(streams: Streams, options: CorpusOptions) -> bool:
         or _is_pattern(source)
         or output.endswith((".parquet", "/"))
         or os.path.isdir(output)
+        or (streams.resume and parts_folder(output).is_dir())
     )
 
 

@@ -109,6 +109,12 @@ def _spans_of_lines(path: str, size: int) -> Iterator[tuple[int, int, int]]:
             first, offset = first + len(lengths), offset + sum(lengths)
 
 
+def parts_folder(output: str) -> Path:
+    """Where parts of the output are, until all are there."""
+    target = Path(output).resolve()  # a link stays one
+    return target.with_name(target.name + ".parts")
+
+
 class Parts:
     """The folder ``OUTPUT.parts``: a part for each shard, and in ``_pyqe`` what was asked for and which are done.
 
@@ -124,10 +130,10 @@ class Parts:
 
     def __init__(self, output: str, form: str) -> None:
         self._is_folder = output.endswith("/") or os.path.isdir(output)
-        self._target = Path(output).resolve()  # a link stays one
+        self._target = Path(output).resolve()
         if self._is_folder and self._target.is_dir() and any(self._target.iterdir()):
             raise FileExistsError(f"{output}: the folder has something in it already")
-        self.folder = self._target.with_name(self._target.name + ".parts")
+        self.folder = parts_folder(output)
         self._form = form
 
     def __enter__(self) -> Parts:
