@@ -15,6 +15,7 @@ import pytest
 import tiny
 from click.testing import CliRunner, Result
 
+from benchmarks import scaling
 from pyqe.cli import corpus, main, parquet, ray_engine
 from pyqe.cli.processes import local_device
 from pyqe.cli.rows import check_text
@@ -466,3 +467,30 @@ def test_what_is_not_installed_is_named(
     result = call(*arguments)
     extra = {"ray": "ray", "pyarrow": "parquet"}[package]
     assert (result.exit_code, f"pip install 'pyqe[{extra}]'" in result.stderr) == (FAILED, True), result.stderr
+
+
+# --- the plan
+
+
+def test_the_page_shows_what_the_script_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    scaling.main([])
+    printed = capsys.readouterr().out
+    assert f"<!-- python -m benchmarks.scaling -->\n{printed}<!-- end -->" in page
+
+
+def test_the_plan_takes_measured_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rival = {"rival": "pyqe", "missing": None, "gflop_s": 4e5, "gb_s": 2e3}
+    case = {"suite": "head", "dtype": "bf16", "rivals": [rival]}
+    cases = [{**case, "name": "softmax stats", "n": 4096}, {**case, "name": "token logits, 11 a row", "n": 4096}]
+    found = {"machine": {"gpu": {"name": "A GPU"}}, "ceilings": {"matmul_gflop_s": {"bf16": 5e5}}, "cases": cases}
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    scaling.main(["--results", str(tmp_path / "gpu.json"), "--matmul-tflops", "100", "--bandwidth", "1"])
+    printed = capsys.readouterr().out
+    # 1e6 x 2 x 6.98e9 / 5e14, 1e6 x 2 x 128256 x 4096 / 4e14 and 1e6 x 4 x 4096 / 2e12 seconds
+    assert "| A GPU (rates measured) | 8B | 27.9 | 2.63 | 0.00819 |" in printed
+    assert "| this GPU (rates given) | 8B | 140 | 10.5 | 0.0164 |" in printed
+    assert "H100" not in printed
+    (tmp_path / "gpu.json").write_text(json.dumps({**found, "cases": []}))
+    with pytest.raises(ValueError, match="no case 'softmax stats'"):
+        scaling.main(["--results", str(tmp_path / "gpu.json")])
