@@ -97,6 +97,18 @@ def read_parquet(path: str | Path) -> Any:
     return import_module("pyarrow.parquet").read_table(path)
 
 
+def finished(command: list[str], folder: Path, kill_at: str) -> subprocess.CompletedProcess[str]:
+    """What a command with processes of its own has done; it ends them itself, if it takes too long."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment(folder, kill_at), **pipes) as child:
+        try:
+            output, errors = child.communicate(timeout=420)
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, output, errors)
+
+
 # --- shards
 
 
@@ -335,14 +347,7 @@ def torchrun(folder: Path, models: Path, *arguments: str, kill_at: str) -> subpr
     job = ("--standalone", "--nproc-per-node", "2", *arguments)
     names = ("-m", str(models / "llama"), "--head", str(models / "head"), *SHARD)
     command = ("-m", "torch.distributed.run", *job, "-m", "pyqe", "score", "in.jsonl", "-o", "out.jsonl", *names)
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment(folder, kill_at),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return finished([sys.executable, *command], folder, kill_at)
 
 
 def test_torchrun_starts_again_after_a_kill(models: Path, whole: bytes, tmp_path: Path) -> None:
@@ -394,14 +399,8 @@ def ray_report(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         ["score", "texts", "-o", "scores/", "--to", "parquet", "--strict", *names],
     ]
     session = [sys.executable, str(ROOT / "tests" / "ray_session.py")]
-    ended = subprocess.run(
-        [*session, json.dumps(commands), str(models / "llama"), str(models / "head")],
-        cwd=folder,
-        env=environment(folder, "part-000002.jsonl"),
-        capture_output=True,
-        text=True,
-        timeout=420,
-    )
+    names = (str(models / "llama"), str(models / "head"))
+    ended = finished([*session, json.dumps(commands), *names], folder, "part-000002.jsonl")
     assert ended.returncode == OK, ended.stderr
     return folder, json.loads(ended.stdout.splitlines()[-1])
 
@@ -453,6 +452,13 @@ def test_workers_of_a_cluster(
     pool = ray_engine._pool([*described, {"Alive": False, "Resources": {"CPU": 99, "GPU": 99}}], 10, *options)
     assert pool.pop("compute").max_size == workers
     assert pool == each
+
+
+@pytest.mark.parametrize(("node", "gpus"), [({"CPU": 8, "GPU": 1}, 2.0), ({}, None)])
+def test_a_worker_that_no_cluster_has(node: dict[str, float], gpus: float | None) -> None:
+    pytest.importorskip("ray.data")
+    with pytest.raises(ValueError, match="which one does not fit"):
+        ray_engine._pool([{"Alive": True, "Resources": node}], 10, None, gpus)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Done:
 
 
 def is_corpus(streams: Streams, options: CorpusOptions) -> bool:
-    """Whether rows are cut into shards: several processes or files, Parquet, a folder as output, an earlier run's parts."""
+    """Whether rows are cut into shards: several processes or files, Parquet, a folder as output, parts to go on from."""
     source, output = streams.source, streams.output
     return (
         options.engine == "ray"

@@ -33,6 +33,7 @@ def score_on_ray(
 
     Raises:
         ImportError: there is no Ray.
+        ValueError: no worker fits the cluster.
         RuntimeError: what a worker has raised; Ray's own errors.
     """
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # the progress is ours to tell
@@ -90,6 +91,8 @@ def _pool(
     cpus = [found["CPU"] for found in resources if found.get("CPU")]
     share = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
     workers = min(shards, workers or (int(gpus // share) if share else len(cpus)))
+    if workers == 0:
+        raise ValueError(f"workers: the cluster has {gpus:g} GPUs and {sum(cpus):g} CPUs, which one does not fit")
     if share:
         return {"compute": ActorPoolStrategy(size=workers), "num_gpus": share}
     return {"compute": ActorPoolStrategy(size=workers), "num_cpus": max(1, int(min(*cpus, sum(cpus) / workers)))}

@@ -210,7 +210,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, list):
         return "a list" if value else "an empty list"
     names = {bool: "true or false", int: "a number", float: "a number", dict: "an object", str: "a string"}
-    return names.get(type(value), type(value).__name__)  # Parquet has more than JSON
+    return names[type(value)]
 
 
 def complain(line: int, reason: str | None, strict: bool) -> None:
