@@ -1,10 +1,11 @@
-"""What tests/test_corpus.py runs on a local Ray, in one process: it leaves others behind. Prints what came out."""
+"""What tests/test_corpus.py runs on a local Ray, in one process: it leaves others behind. Writes what came out into a file."""
 
 from __future__ import annotations
 
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 import ray
 import ray.data
@@ -28,12 +29,12 @@ def scored_rows(model: str, head: str) -> list[dict[str, object]]:
     return sorted(found.take_all(), key=lambda row: row["n"])
 
 
-commands, model, head = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+commands, model, head, target = json.loads(sys.argv[1]), *sys.argv[2:]
 ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=80 << 20)
 results = [CliRunner().invoke(main, command) for command in commands]
 report = {
     "commands": [[result.exit_code, result.stderr] for result in results],
     "rows": scored_rows(model, head),
 }
-print("\n" + json.dumps(report, default=list), flush=True)
+Path(target).write_text(json.dumps(report, default=list))
 ray.shutdown()

@@ -386,7 +386,7 @@ def test_a_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture(scope="module")
 def ray_report(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """What tests/ray_session.py prints; a worker is killed in its first command."""
+    """What tests/ray_session.py writes; a worker is killed in its first command."""
     pytest.importorskip("ray.data")
     folder = tmp_path_factory.mktemp("ray")
     (folder / "in.jsonl").write_text("".join(line + "\n" for line in LINES))
@@ -400,9 +400,9 @@ def ray_report(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     ]
     session = [sys.executable, str(ROOT / "tests" / "ray_session.py")]
     names = (str(models / "llama"), str(models / "head"))
-    ended = finished([*session, json.dumps(commands), *names], folder, "part-000002.jsonl")
+    ended = finished([*session, json.dumps(commands), *names, "report.json"], folder, "part-000002.jsonl")
     assert ended.returncode == OK, ended.stderr
-    return folder, json.loads(ended.stdout.splitlines()[-1])
+    return folder, json.loads((folder / "report.json").read_text())
 
 
 def test_ray_redoes_what_a_killed_worker_had(ray_report: tuple[Path, dict[str, Any]], whole: bytes) -> None:

@@ -100,7 +100,7 @@ class Done:
 
 
 def is_corpus(streams: Streams, options: CorpusOptions) -> bool:
-    """Whether rows are cut into shards: several processes or files, Parquet, a folder as output, parts to go on from."""
+    """Whether rows are cut into shards: several processes or files, Parquet, a folder as output, parts to resume."""
     source, output = streams.source, streams.output
     return (
         options.engine == "ray"
