@@ -1,4 +1,4 @@
-"""What tests/test_corpus.py runs on a local Ray, in one process: it leaves others behind. Writes what came out into a file."""
+"""What tests/test_corpus.py runs on a local Ray, in a process of its own, as it leaves others behind."""
 
 from __future__ import annotations
 
