@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 import tiny
 from click.testing import CliRunner, Result
+from torch.distributed import HashStore
 
 from benchmarks import scaling
-from pyqe.cli import corpus, main, parquet, ray_engine
+from pyqe.cli import corpus, main, parquet, processes, ray_engine
 from pyqe.cli.processes import local_device
 from pyqe.cli.rows import check_text
 from pyqe.cli.shards import Parts, cut, find_files
@@ -298,10 +300,10 @@ def test_without_resume_everything_is_done(call: Callable[..., Result], whole: b
 @pytest.mark.usefixtures("interrupted")
 def test_resume_refuses_another_run(call: Callable[..., Result]) -> None:
     result = call("in.jsonl", "-o", "out/", "--resume", "--signals", "prob")
-    assert (result.exit_code, "not the same signals" in result.stderr) == (FAILED, True)
+    assert (result.exit_code, "has not the same signals" in result.stderr) == (FAILED, True)
     Path("in.jsonl").write_text('{"text": "another"}\n')
     result = call("in.jsonl", "-o", "out/", "--resume")
-    assert (result.exit_code, "not the same input" in result.stderr) == (FAILED, True)
+    assert (result.exit_code, "has not the same input" in result.stderr) == (FAILED, True)
     assert len(list(Path("out.parts").glob("part-*"))) == 3, "nothing is lost"
 
 
@@ -369,6 +371,29 @@ def test_killed_torchrun_is_resumed(call: Callable[..., Result], models: Path, w
     assert result.exit_code == SOME_ROWS_FAILED, result.stderr
     assert " from an earlier run, 3 failed" in result.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+@pytest.mark.timeout(120)  # they would wait for ever
+def test_what_processes_left_that_have_ended_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    monkeypatch.setattr(processes, "_job_store", lambda: store)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+
+    def started() -> list[processes.Processes]:
+        found = []
+        for rank in "012":
+            monkeypatch.setenv("RANK", rank)
+            found.append(processes.Processes())
+        return found
+
+    def work(process: processes.Processes, shared: str) -> tuple[str, list[str] | None]:
+        return (value := process.share(lambda: shared)), process.gather(f"{value} {process.rank}")
+
+    with ThreadPoolExecutor(3) as pool:
+        store.set("name-2", "of one that had to wait and was killed")
+        for shared in ("first", "x" * 10_000_000):
+            done = list(pool.map(lambda process, shared=shared: work(process, shared), reversed(started())))
+            assert done == [(shared, None), (shared, None), (shared, [f"{shared} {rank}" for rank in range(3)])]
 
 
 def test_a_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

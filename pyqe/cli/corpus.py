@@ -140,19 +140,19 @@ def run(
         ValueError: ``resume`` of another run.
     """
     form = _output_form(streams, options)
-    with Processes() as processes:
-        resume = streams.resume or processes.restarted
-        plan = processes.share(lambda: _prepare(streams, form, resume, options, settings))
-        job = Job(plan.parts, form, fields, CHUNK_BATCHES * batch_size, plan.several_files, streams.strict)
-        # Each in its turn: texts of one kind, such as the long ones, often stand together
-        todo = plan.todo[processes.rank :: processes.size]
-        started = time.monotonic()
-        with plan.parts:
-            finished = _on_ray(todo, job, load, options) if options.engine == "ray" else _here(todo, job, load)
-            counts = processes.gather(_follow(finished, todo, plan.several_files, shown=processes.rank == 0))
-            if counts is None:
-                return
-            plan.parts.finish(len(plan.shards))
+    processes = Processes()
+    resume = streams.resume or processes.restarting
+    plan = processes.share(lambda: _prepare(streams, form, resume, options, settings))
+    job = Job(plan.parts, form, fields, CHUNK_BATCHES * batch_size, plan.several_files, streams.strict)
+    # Each in its turn: texts of one kind, such as the long ones, often stand together
+    todo = plan.todo[processes.rank :: processes.size]
+    started = time.monotonic()
+    with plan.parts:
+        finished = _on_ray(todo, job, load, options) if options.engine == "ray" else _here(todo, job, load)
+        counts = processes.gather(_follow(finished, todo, plan.several_files, shown=processes.rank == 0))
+        if counts is None:
+            return
+        plan.parts.finish(len(plan.shards))
     total = Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
     say_counts(total, plan.kept, "tokens", max(time.monotonic() - started, 1e-9))
     if (total.failed or plan.kept.failed) and not processes.restarting:

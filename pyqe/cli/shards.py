@@ -160,7 +160,9 @@ class Parts:
             before = json.loads(saved.read_text(encoding="utf-8"))
             differing = [name for name in plan if before.get(name) != plan[name]]
             if differing:
-                raise ValueError(f"--resume: {self.folder} belongs to another run: not the same {', '.join(differing)}")
+                raise ValueError(
+                    f"{self.folder}, of an earlier run, has not the same {', '.join(differing)}: remove it"
+                )
             for path in self._state.glob("*.tries"):
                 path.unlink()
             return
@@ -209,7 +211,14 @@ class Parts:
         return self._state / f"{number:06d}.json"
 
     def finish(self, count: int) -> None:
-        """Make the output of all parts, in the order of the input, and remove the folder."""
+        """Make the output of all parts, in the order of the input, and remove the folder.
+
+        Raises:
+            RuntimeError: a part is missing.
+        """
+        missing = [number for number in range(count) if self.finished(number) is None]
+        if missing:
+            raise RuntimeError(f"{self.folder}: {len(missing)} parts are missing, the first is {missing[0]}")
         if self._is_folder:
             for path in self.folder.glob(".*.tmp"):  # of a process that was killed
                 path.unlink(missing_ok=True)
