@@ -13,6 +13,7 @@ from benchmarks.quality.ambiguity import SHOWN
 from benchmarks.quality.study import DECIDING, REFERENCE
 from pyqe._files import atomic_path
 
+_OTHER_HEADS = ("full", "full, 8 epochs", "rescaling")
 _COLOURS = dict(zip(SHOWN, ("tab:red", "tab:orange", "tab:blue"), strict=True))
 
 
@@ -61,15 +62,15 @@ def _signals(signals: Mapping[str, Any]) -> Figure:
 
 
 def _rank(recipes: list[dict[str, Any]]) -> Figure:
-    """Low-rank heads by rank; the full and the rescaling head, and the softmax probability, as lines."""
+    """Low-rank heads by rank; full heads, the rescaling head and the softmax probability as lines."""
     figure, panels = _panels(len(DECIDING))
     ranked = [row for row in recipes if row["group"] in ("small", "rank") and row["recipe"]["kind"] == "low_rank"]
     ranked.sort(key=lambda row: row["recipe"]["rank"])
-    lines = {row["name"]: row for row in recipes if row["group"] == "head" and row["name"] in ("full", "rescaling")}
+    lines = {row["name"]: row for row in recipes if row["group"] == "head" and row["name"] in _OTHER_HEADS}
     for axes, (task, kind) in zip(panels, DECIDING, strict=True):
         found = [row["tasks"][task]["differences"]["test"][kind] for row in ranked]
         axes.plot([row["recipe"]["rank"] for row in ranked], [x["value"] for x in found], marker="o", label="low rank")
-        for (name, row), style in zip(lines.items(), ("--", ":"), strict=False):
+        for (name, row), style in zip(lines.items(), ("--", "-.", ":"), strict=False):
             value = row["tasks"][task]["figures"]["test"][kind]
             axes.axhline(value, color="tab:blue", linestyle=style, linewidth=1, label=name)
         if found:
