@@ -213,8 +213,25 @@ def test_lines_become_parquet(call: Callable[..., Result], whole: bytes) -> None
     Path("mixed.jsonl").write_text('{"text": "a", "n": 1}\n{"text": "b", "n": "1"}\n')
     result = call("mixed.jsonl", "-o", "mixed.parquet")
     assert (result.exit_code, "n: Parquet needs one type" in result.stderr) == (FAILED, True)
-    result = call("mixed.jsonl", "-o", "mixed.parquet", shard=("--shard-rows", "1"))
-    assert (result.exit_code, "Parquet needs one type" in result.stderr) == (FAILED, True)
+    for output in ("mixed.parquet", "mixed/"):
+        result = call("mixed.jsonl", "-o", output, "--to", "parquet", shard=("--shard-rows", "1"))
+        assert (result.exit_code, "Parquet needs one type" in result.stderr) == (FAILED, True)
+    Path("large.jsonl").write_text(json.dumps({"text": "a", "n": 2**64}))
+    result = call("large.jsonl", "-o", "large.parquet")
+    assert (result.exit_code, "n: Parquet needs one type" in result.stderr) == (FAILED, True)
+
+
+def test_parts_of_a_parquet_folder_have_the_same_columns(call: Callable[..., Result]) -> None:
+    pytest.importorskip("pyarrow")
+    fields = [{"n": 1}, {"n": 2.5, "prompt": "b"}, {"note": "c"}]
+    Path("in.jsonl").write_text("".join(json.dumps({"text": "a", **row}) + "\n" for row in fields))
+    assert call("in.jsonl", "-o", "out/", "--to", "parquet", shard=("--shard-rows", "1")).exit_code == OK
+    found = read_parquet("out").to_pylist()
+    assert [{name: row[name] for name in ("n", "prompt", "note")} for row in found] == [
+        {"n": 1.0, "prompt": None, "note": None},
+        {"n": 2.5, "prompt": "b", "note": None},
+        {"n": None, "prompt": None, "note": "c"},
+    ]
 
 
 @pytest.mark.parametrize("output", ["out.jsonl", "out.parquet", "out/"])
@@ -248,6 +265,7 @@ def test_strict_names_the_file(call: Callable[..., Result], whole: bytes) -> Non
         (["in.jsonl", "-o", "."], FAILED, "has something in it already"),
         (["*.jsonl", "-o", "in.jsonl"], FAILED, "the output is one of the files of the input"),
         (["*.nosuch", "-o", "out.jsonl"], FAILED, "no file, no folder"),
+        (["*.jsonl", "-o", "in.jsonl/"], FAILED, "a file has this name"),
     ],
 )
 def test_refusals(call: Callable[..., Result], arguments: list[str], code: int, message: str) -> None:
@@ -298,9 +316,29 @@ def test_without_resume_everything_is_done(call: Callable[..., Result], whole: b
 
 
 @pytest.mark.usefixtures("interrupted")
-def test_resume_refuses_another_run(call: Callable[..., Result]) -> None:
+def test_a_part_that_is_gone_is_done_again(call: Callable[..., Result], whole: bytes) -> None:
+    os.remove("out.parts/part-000001.jsonl")
+    assert "pyqe: 27 rows, 16 from an earlier run, 3 failed" in call("in.jsonl", "-o", "out/", "--resume").stderr
+    assert b"".join(path.read_bytes() for path in sorted(Path("out").iterdir())) == whole
+
+
+def test_parts_are_no_input(call: Callable[..., Result], whole: bytes) -> None:
+    os.mkdir("local.parts")
+    Parts("local/", "jsonl").begin({}, resume=False)
+    Path("local.parts/part-000000.jsonl").write_bytes(whole)
+    os.rename("local.jsonl", "local.txt")
+    assert "pyqe: 43 rows, 3 failed" in call("**/*.jsonl", "-o", "local/").stderr
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_resume_refuses_another_run(call: Callable[..., Result], models: Path) -> None:
     result = call("in.jsonl", "-o", "out/", "--resume", "--signals", "prob")
     assert (result.exit_code, "has not the same signals" in result.stderr) == (FAILED, True)
+    result = call("in.jsonl", "-o", "out/", "--resume", "--dtype", "bfloat16")
+    assert (result.exit_code, "has not the same dtype" in result.stderr) == (FAILED, True)
+    os.utime(models / "head" / "model.safetensors")  # trained again
+    result = call("in.jsonl", "-o", "out/", "--resume")
+    assert (result.exit_code, "has not the same files of the head" in result.stderr) == (FAILED, True)
     Path("in.jsonl").write_text('{"text": "another"}\n')
     result = call("in.jsonl", "-o", "out/", "--resume")
     assert (result.exit_code, "has not the same input" in result.stderr) == (FAILED, True)

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -141,8 +142,13 @@ def run(
     """
     form = _output_form(streams, options)
     processes = Processes()
-    resume = streams.resume or processes.restarting
-    plan = processes.share(lambda: _prepare(streams, form, resume, options, settings))
+
+    def prepare() -> _Plan:
+        plan = _prepare(streams, form, streams.resume or processes.restarted, options, settings)
+        processes.note_start()
+        return plan
+
+    plan = processes.share(prepare)
     job = Job(plan.parts, form, fields, CHUNK_BATCHES * batch_size, plan.several_files, streams.strict)
     # Each in its turn: texts of one kind, such as the long ones, often stand together
     todo = plan.todo[processes.rank :: processes.size]
@@ -184,7 +190,9 @@ class _Plan:
 
 def _prepare(streams: Streams, form: str, resume: bool, options: CorpusOptions, settings: dict[str, Any]) -> _Plan:
     parts = Parts(streams.output, form)
-    files = find_files(streams.source)
+    files = [name for name in find_files(streams.source) if parts.folder not in Path(name).resolve().parents]
+    if not files:
+        raise FileNotFoundError(f"{streams.source}: nothing but {parts.folder}, of an earlier run")
     if os.path.realpath(streams.output) in map(os.path.realpath, files):
         raise ValueError(f"{streams.output}: the output is one of the files of the input")
     shards = cut(files, streams.input_form, options.shard_rows)

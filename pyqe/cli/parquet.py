@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pyqe._files import atomic_path
 from pyqe.cli.rows import Check, Row
 
 
@@ -98,7 +99,7 @@ def table_of_rows(rows: Sequence[Row]) -> Any:
             values = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
         try:
             columns[name] = pa.array(values, pa.string() if name in ("text", "prompt") else None)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise ValueError(f"{name}: Parquet needs one type in all rows; JSON lines do not: {error}") from error
     return pa.table(columns) if columns else pa.table({"text": pa.nulls(len(rows), pa.string())})
 
@@ -137,18 +138,42 @@ def write_table(tables: Sequence[Any], path: Path) -> None:
     pa.parquet.write_table(pa.concat_tables(tables, promote_options="permissive"), path)
 
 
+def _common_schema(paths: Sequence[Path]) -> Any:
+    pa = _pyarrow()
+    try:
+        return pa.unify_schemas([pa.parquet.read_schema(path) for path in paths], promote_options="permissive")
+    except pa.ArrowTypeError as error:
+        raise ValueError(f"Parquet needs one type in all rows; JSON lines do not: {error}") from error
+
+
+def _read_as(schema: Any, path: Path) -> Any:
+    """The table of a file, with the columns of a schema that its own can be made."""
+    pa = _pyarrow()
+    table = pa.concat_tables([schema.empty_table(), pa.parquet.read_table(path)], promote_options="permissive")
+    return table.select(schema.names)
+
+
 def join(paths: Sequence[Path], target: Path) -> None:
     """One file of several, whose columns may differ.
 
     Raises:
         ValueError: columns of the same name have types that cannot be made one.
     """
-    pa = _pyarrow()
-    try:
-        schema = pa.unify_schemas([pa.parquet.read_schema(path) for path in paths], promote_options="permissive")
-    except pa.ArrowTypeError as error:
-        raise ValueError(f"Parquet needs one type in all rows; JSON lines do not: {error}") from error
-    with pa.parquet.ParquetWriter(target, schema) as writer:
+    schema = _common_schema(paths)
+    with _pyarrow().parquet.ParquetWriter(target, schema) as writer:
         for path in paths:
-            table = pa.concat_tables([schema.empty_table(), pa.parquet.read_table(path)], promote_options="permissive")
-            writer.write_table(table.select(schema.names))
+            writer.write_table(_read_as(schema, path))
+
+
+def make_alike(paths: Sequence[Path]) -> None:
+    """Give all files the same columns, as readers of a folder take those of the first one.
+
+    Raises:
+        ValueError: columns of the same name have types that cannot be made one.
+    """
+    pa = _pyarrow()
+    schema = _common_schema(paths)
+    for path in paths:
+        if not pa.parquet.read_schema(path).equals(schema):
+            with atomic_path(path) as temporary:
+                pa.parquet.write_table(_read_as(schema, path), temporary)

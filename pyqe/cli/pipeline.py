@@ -106,7 +106,9 @@ def stream_options(*input_forms: Format, output_forms: Sequence[Format] = FORMAT
             help=f"{whole}: everything; text: one quality a row; tsv: one token a line, escaped as in JSON.",
         ),
         click.option("--strict", is_flag=True, help="Stop at the first bad row instead of reporting it."),
-        click.option("--resume", is_flag=True, help="Go on after an interrupted run, from OUTPUT.partial or OUTPUT.parts."),
+        click.option(
+            "--resume", is_flag=True, help="Go on after an interrupted run, from OUTPUT.partial or OUTPUT.parts."
+        ),
     )
 
 

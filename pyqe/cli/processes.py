@@ -52,6 +52,16 @@ class Processes:
         self._store: Any = _job_store() if self.size > 1 else None
         self._names = [secrets.token_hex(16)]  # of the others too, in the first process
 
+    @property
+    def restarted(self) -> bool:
+        """Whether torchrun has started this job before."""
+        return self.size > 1 and self._store.check(["started"])
+
+    def note_start(self) -> None:
+        """From now on, should torchrun start it again, the job is :attr:`restarted`."""
+        if self.size > 1:
+            self._store.set("started", "")
+
     def share(self, make: Callable[[], Value]) -> Value:
         """What the first process makes, for all; it waits for them."""
         if self.size == 1:

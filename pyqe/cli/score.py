@@ -54,8 +54,18 @@ def command(
         run(streams, fields, chosen.batch_size, partial(_task, chosen, limits, streams.strict))
         return
     chosen = replace(chosen, device=local_device(chosen.device), **_absolute(chosen))
-    settings = {"model": chosen.model_name, "head": chosen.head_name, "signals": chosen.signals, **limits}
+    names = {"model": chosen.model_name, "head": chosen.head_name}
+    settings: dict[str, Any] = {**names, "dtype": chosen.dtype, "signals": chosen.signals, **limits}
+    settings |= {f"files of the {what}": _files(name) for what, name in names.items() if name is not None}
     run_corpus(streams, fields, chosen.batch_size, partial(_task, chosen, limits, streams.strict), corpus, settings)
+
+
+def _files(folder: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a folder's files: what is trained again is another head."""
+    if not os.path.isdir(folder):
+        return []
+    found = [(entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
 def _absolute(chosen: EstimatorOptions) -> dict[str, Any]:

@@ -133,6 +133,8 @@ class Parts:
         self._target = Path(output).resolve()
         if self._is_folder and self._target.is_dir() and any(self._target.iterdir()):
             raise FileExistsError(f"{output}: the folder has something in it already")
+        if self._is_folder and self._target.exists() and not self._target.is_dir():
+            raise FileExistsError(f"{output}: a file has this name")
         self.folder = parts_folder(output)
         self._form = form
 
@@ -205,7 +207,7 @@ class Parts:
     def finished(self, number: int) -> dict[str, int] | None:
         """What was noted of a shard, if its part is whole."""
         mark = self._mark(number)
-        return json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else None
+        return json.loads(mark.read_text(encoding="utf-8")) if mark.exists() and self._part(number).exists() else None
 
     def _mark(self, number: int) -> Path:
         return self._state / f"{number:06d}.json"
@@ -219,13 +221,15 @@ class Parts:
         missing = [number for number in range(count) if self.finished(number) is None]
         if missing:
             raise RuntimeError(f"{self.folder}: {len(missing)} parts are missing, the first is {missing[0]}")
+        paths = [self._part(number) for number in range(count)]
         if self._is_folder:
+            if self._form == "parquet":
+                parquet.make_alike(paths)
             for path in self.folder.glob(".*.tmp"):  # of a process that was killed
                 path.unlink(missing_ok=True)
             os.rename(self.folder, self._target)
             shutil.rmtree(self._target / "_pyqe")
             return
-        paths = [self._part(number) for number in range(count)]
         with atomic_path(self._target) as whole:
             if self._form == "parquet":
                 parquet.join(paths, whole)

@@ -58,7 +58,7 @@ class SigmoidHeadTrainer(Trainer):  # type: ignore[misc]
     Raises:
         HeadMismatchError: the head belongs to another vocabulary, hidden size or tokenizer.
         ValueError: gradient clipping or weight decay together with sparse gradients; resuming with another number of
-            samples a step.
+            steps an epoch.
 
     Source of the recipe: Dinh & Niehues 2026 (arXiv 2601.00680).
     """
