@@ -54,12 +54,14 @@ def estimator(kind: str = "llama", *, with_head: bool = True, **options: Any) ->
 
 @contextmanager
 def serving(
-    served: QualityEstimator, limits: Limits | None = None, *, grace: int = 10, **options: Any
+    served: QualityEstimator, limits: Limits | None = None, *, grace: int = 10, root_path: str = "", **options: Any
 ) -> Iterator[httpx.Client]:
     """A client of a server on a thread of this process."""
     app = create_app(served, name="tiny", limits=limits, **options)
     with socket.create_server(("127.0.0.1", 0)) as listening:  # takes connections before the server does
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=grace))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=grace, root_path=root_path)
+        )
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
@@ -519,6 +521,11 @@ def test_slow_bodies(client: httpx.Client) -> None:
     exchange(client, head("Content-Length: 100"), b'{"prompt"', shut=True)
     assert exchange(client, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     complete(client, prompt="x")
+
+
+def test_api_key_below_a_root_path() -> None:
+    with serving(estimator(), api_key="sesame", root_path="/api") as client:
+        assert client.post("/v1/completions", json={"prompt": "The cat"}).status_code == 401
 
 
 def test_the_key() -> None:

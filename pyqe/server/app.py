@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import cache
 from typing import Any, TypeVar
 
-from anyio import to_thread
+from anyio import CapacityLimiter, fail_after, to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
@@ -20,7 +21,7 @@ from pyqe.estimator import QualityEstimator
 from pyqe.scored import SIGNALS, Signal
 from pyqe.server.answers import ChatForm, CompletionForm, Form, Json, text_of, usage_of
 from pyqe.server.engine import Engine
-from pyqe.server.errors import ApiError
+from pyqe.server.errors import ApiError, QueueFullError
 from pyqe.server.guard import Guard
 from pyqe.server.limits import Limits
 from pyqe.server.metrics import Metrics
@@ -56,7 +57,7 @@ def create_app(
     model = ServedModel(estimator.model, estimator.tokenizer, estimator.head)
     model.try_out()
     service = Service(model, name, limits or Limits())
-    app = FastAPI(title="pyqe", docs_url=None, redoc_url=None, lifespan=service.lifespan)
+    app = FastAPI(title="pyqe", openapi_url=None, lifespan=service.lifespan)
     app.add_middleware(Guard, limits=service.limits, metrics=service.metrics, api_key=api_key)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -83,10 +84,12 @@ class Service:
         self.metrics = Metrics()
         self.created = int(time.time())
         self.room = min(model.context, limits.batch_tokens)
+        self._token_text = cache(lambda token_id: str(model.tokenizer.decode([token_id])))  # there are V of them
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """While requests are taken."""
+        self._tokenizing = CapacityLimiter(1)
         self.engine = Engine(self.model, self.limits, self.metrics.batch_rows.observe)
         self.metrics.watch_queue(lambda: self.engine.waiting)
         try:
@@ -143,10 +146,10 @@ class Service:
         for index, (text, prompt) in enumerate(body.pairs):
             if prompt is None and self.model.model.config.is_encoder_decoder:
                 raise ApiError(400, "prompt: expected the source of every text", param="prompt")
-            reads = await self._tokenized("prompt", self.model.length, text, prompt)
-            if reads > self.room:
-                raise _too_long("text", f"{reads} tokens with its prompt", self.room)
-            rows.append(ScoreRow(index=index, reads=reads, text=text, prompt=prompt, signals=signals))
+            row = await self._tokenized("prompt", self.model.score_row, index, text, prompt, signals)
+            if row.reads > self.room:
+                raise _too_long("text", f"{row.reads} tokens with its prompt", self.room)
+            rows.append(row)
         answers = self._submit(rows)
         found: list[ScoreNews] = sorted(await answers.all(request.receive), key=lambda news: news.index)
         results = [news.scored.to_dict() for news in found]
@@ -176,9 +179,14 @@ class Service:
         return ids
 
     async def _tokenized(self, param: str, tokenize: Callable[..., T], *arguments: Any) -> T:
-        """What a function makes of texts, on another thread."""
+        """What a function makes of texts, on another thread; one request after the other, as they came."""
+        if self._tokenizing.statistics().tasks_waiting >= self.limits.queue_size:
+            raise QueueFullError
         try:
-            return await to_thread.run_sync(tokenize, *arguments)
+            with fail_after(self.limits.seconds):
+                return await to_thread.run_sync(tokenize, *arguments, limiter=self._tokenizing)
+        except TimeoutError as error:
+            raise ApiError(504, f"not tokenized within {self.limits.seconds:g} seconds") from error
         except (TemplateError, ValueError, TypeError, LookupError) as error:
             raise ApiError(400, f"{param}: the model's tokenizer refuses it: {error}", param=param) from error
 
@@ -219,11 +227,8 @@ class Service:
         return wanted or min(default, self.limits.max_tokens, room)
 
     def _form(self, kind: type[Form], *, with_logprobs: bool) -> Form:
-        def decode(token_id: int) -> str:
-            return str(self.model.tokenizer.decode([token_id]))
-
         with_quality = self.model.head is not None
-        return kind(self.name, decode, with_quality=with_quality, with_logprobs=with_logprobs)
+        return kind(self.name, self._token_text, with_quality=with_quality, with_logprobs=with_logprobs)
 
     # --- answers
 
@@ -246,10 +251,14 @@ class Service:
                 background=BackgroundTask(answers.cancel),  # of a client that left before the first event
             )
         found: list[News] = sorted(await answers.all(request.receive), key=lambda news: news.index)
-        choices = [form.choice(news.index, news.tokens, news.finish_reason) for news in found]
-        for news, choice in zip(found, choices, strict=True):
-            self._count(news, choice)
-        return JsonResponse(form.whole(choices, usage_of(prompt_tokens, sum(news.written for news in found))))
+
+        def build() -> Response:
+            choices = [form.choice(news.index, news.tokens, news.finish_reason) for news in found]
+            for news, choice in zip(found, choices, strict=True):
+                self._count(news, choice)
+            return JsonResponse(form.whole(choices, usage_of(prompt_tokens, sum(news.written for news in found))))
+
+        return await to_thread.run_sync(build)  # long answers with alternatives take seconds
 
     async def _events(
         self, form: Form, answers: Answers, count: int, prompt_tokens: int, include_usage: bool

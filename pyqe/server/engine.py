@@ -72,9 +72,9 @@ class Engine:
             self._closed = True
             rows, self._queue = [*self._queue, *self._running], deque()
             self._changed.notify()
+        _refuse(rows, ClosedError())  # before they are cancelled: those are done without a word
         for row in rows:
             row.cancelled = True
-        _refuse(rows, ClosedError())
         self._thread.join(seconds)
 
     def _run(self) -> None:

@@ -80,7 +80,8 @@ class Guard:
         await self.app(scope, replay, send)
 
     def _check_key(self, scope: Scope) -> None:
-        if self.api_key is None or not scope["path"].startswith("/v1"):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # as the router has it
+        if self.api_key is None or not path.startswith("/v1"):
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         if not hmac.compare_digest(given, f"Bearer {self.api_key}".encode()):

@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from pyqe import encoding
 from pyqe import functional as F
 from pyqe.attachment import Attachment, StepScorer
-from pyqe.encoding import Encoded, Prompt
+from pyqe.encoding import Prompt
 from pyqe.estimator import QualityEstimator
 from pyqe.generation import check_decoding, generate_options, option, stop_ids
 from pyqe.scored import Signal
@@ -51,13 +51,11 @@ class ServedModel(QualityEstimator):
         reads = len(prompt_ids)
         return WriteRow(index=index, reads=reads, prompt_ids=prompt_ids, sampling=sampling, tokenizer=self.tokenizer)
 
-    def length(self, text: str, prompt: Prompt | None) -> int:
-        """Tokens that the model reads to score a text."""
-        return max(self._length(self._encode(text, prompt, add_bos=True)), 0)
-
-    def _encode(self, text: str, prompt: Prompt | None, add_bos: bool) -> Encoded:
+    def score_row(self, index: int, text: str, prompt: Prompt | None, signals: tuple[Signal, ...] | None) -> ScoreRow:
+        """A row for a text."""
         with self._tokenizing:
-            return super()._encode(text, prompt, add_bos)
+            encoded = self._encode(text, prompt, add_bos=True)
+            return ScoreRow(index=index, reads=max(self._length(encoded), 0), encoded=encoded, signals=signals)
 
     def try_out(self) -> None:
         """Write two tokens and score a text, so that a model that cannot is known before anybody asks."""
@@ -68,10 +66,8 @@ class ServedModel(QualityEstimator):
 
     def run_scores(self, rows: Sequence[ScoreRow]) -> None:
         """Score texts that want the same signals."""
-        texts, prompts = [row.text for row in rows], [row.prompt for row in rows]
-        for row, scored in zip(
-            rows, self.score(texts, prompts, signals=rows[0].signals, batch_size=len(rows)), strict=True
-        ):
+        encoded, signals = [row.encoded for row in rows], self._signals(rows[0].signals)
+        for row, scored in zip(rows, self._score(encoded, signals, len(rows)), strict=True):
             row.done = True
             row.report(ScoreNews(row.index, scored))
 

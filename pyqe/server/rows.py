@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from pyqe.encoding import PieceDecoder, Prompt
+from pyqe.encoding import Encoded, PieceDecoder
 from pyqe.scored import ScoredText, Signal
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ class Row:
 class ScoreRow(Row):
     """A text to be scored; the news is :class:`ScoreNews`."""
 
-    text: str
-    prompt: Prompt | None
+    encoded: Encoded
     signals: tuple[Signal, ...] | None
 
     @property
