@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_report_describes_the_machine(quick: tuple[Result, dict[str, Any]]) -> N
     result, report = quick
     machine, ceilings = report["machine"], report["ceilings"]
     assert machine["processor"] in result.stdout
-    assert machine["packages"]["torch"] == torch.__version__
+    assert machine["packages"]["torch"] == version("torch")
     assert machine["cpu"]["torch_threads"] == 1
     assert machine["amx_bf16"] == ("amx_bf16" in machine["cpu"].get("features", ()))
     assert set(machine["rivals"]) == {
