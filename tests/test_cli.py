@@ -443,6 +443,7 @@ def whole(call: Callable[..., Result], here: Path) -> bytes:
 
 
 def test_ctrl_c_and_resume(call: Callable[..., Result], folder: Path, here: Path, whole: bytes) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it may be ignored
     child = process("score", "-m", folder / "llama", "--batch-size", "1", "-o", "out.jsonl", "--from", "text")
     assert child.stdin is not None
     child.stdin.write("".join(f"{line}\n" for line in LINES[:17]).encode())
