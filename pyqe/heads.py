@@ -384,7 +384,8 @@ class FullHead(SigmoidHead):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def initialise(self, lm_head: LMHead) -> None:
-        self.weight = nn.Parameter(lm_head.weight.detach().float().clone())  # sharded as the LM's, if that is
+        copied = lm_head.weight.detach().to(torch.float32, copy=True)  # sharded as the LM's, if that is
+        self.weight = nn.Parameter(copied)
 
     def forward(
         self, hidden: Tensor, token_ids: Tensor, base: Tensor | None = None, *, sparse_grad: bool = False

@@ -19,7 +19,7 @@ from pyqe.cli.output import Counts, is_special
 from pyqe.cli.pipeline import CHUNK_BATCHES, Fields, Load, Streams, Task, answer, say_counts
 from pyqe.cli.processes import Processes, size_of_job
 from pyqe.cli.rows import BadRowError, Row, chunks, complain
-from pyqe.cli.shards import Parts, Shard, cut, find_files, parts_folder
+from pyqe.cli.shards import Parts, Shard, cut, file_state, find_files, parts_folder
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _prepare(streams: Streams, form: str, resume: bool, options: CorpusOptions, 
     if os.path.realpath(streams.output) in map(os.path.realpath, files):
         raise ValueError(f"{streams.output}: the output is one of the files of the input")
     shards = cut(files, streams.input_form, options.shard_rows)
-    states = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files]
+    states = [file_state(path) for path in files]
     asked = {"input": states, "shard-rows": options.shard_rows, "from": streams.input_form, "to": form, **settings}
     parts.begin(asked, resume)
     finished = {shard.number: parts.finished(shard.number) for shard in shards}

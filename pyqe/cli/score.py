@@ -16,6 +16,7 @@ from pyqe.cli.options import EstimatorOptions, config_option, estimator_options
 from pyqe.cli.pipeline import Fields, Streams, Task, run, stream_options, without_tokens
 from pyqe.cli.processes import local_device
 from pyqe.cli.rows import FORMATS, BadRowError, Row, check_chat, check_text
+from pyqe.cli.shards import file_state
 
 if TYPE_CHECKING:
     from pyqe.estimator import QualityEstimator
@@ -61,11 +62,10 @@ def command(
 
 
 def _files(folder: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a folder's files: what is trained again is another head."""
+    """States of a folder's files: what is trained again is another head."""
     if not os.path.isdir(folder):
         return []
-    found = [(entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
-    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+    return sorted(file_state(entry.path) for entry in os.scandir(folder) if entry.is_file())
 
 
 def _absolute(chosen: EstimatorOptions) -> dict[str, Any]:

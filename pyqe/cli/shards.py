@@ -27,6 +27,12 @@ _MOST_TRIES = 4  # of a shard in a run: rows that kill every worker must not do 
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".tsv", ".txt", ".parquet")  # of a folder's files that are read
 
 
+def file_state(path: str) -> tuple[str, int, int]:
+    """Name, size and time of a file: another state means that it was written again."""
+    found = os.stat(path)
+    return path, found.st_size, found.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Shard:
     """Consecutive rows of a file.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ServedModel(QualityEstimator):
-    """A model with its head; one thread runs it, others may tokenize.
+    """A model with its head; one thread runs it, and one at a time may tokenize meanwhile.
 
     Raises:
         NotImplementedError: the model's own generation config asks for decoding that cannot be scored.
@@ -37,14 +36,13 @@ class ServedModel(QualityEstimator):
     ) -> None:
         super().__init__(model, tokenizer, head)
         check_decoding(model, {})
-        self._tokenizing = threading.Lock()  # tokenizers of encoder-decoders change their mode for targets
+        self._start = super()._decoder_start() if model.config.is_encoder_decoder else []
         signals: tuple[Signal, ...] = ("prob",) if head is None else ("quality", "prob")
         self._attachment = Attachment(model, head, signals)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt, never none."""
-        with self._tokenizing:
-            return encoding.prompt_ids(self.tokenizer, prompt)[1] or self._empty_prompt()
+        return encoding.prompt_ids(self.tokenizer, prompt)[1] or self._empty_prompt()
 
     def write_row(self, index: int, prompt_ids: list[int], sampling: Sampling) -> WriteRow:
         """A row for an answer."""
@@ -53,9 +51,12 @@ class ServedModel(QualityEstimator):
 
     def score_row(self, index: int, text: str, prompt: Prompt | None, signals: tuple[Signal, ...] | None) -> ScoreRow:
         """A row for a text."""
-        with self._tokenizing:
-            encoded = self._encode(text, prompt, add_bos=True)
-            return ScoreRow(index=index, reads=max(self._length(encoded), 0), encoded=encoded, signals=signals)
+        encoded = self._encode(text, prompt, add_bos=True)
+        return ScoreRow(index=index, reads=max(self._length(encoded), 0), encoded=encoded, signals=signals)
+
+    def _decoder_start(self) -> list[int]:
+        """Known beforehand: tokenizers of encoder-decoders change their mode for it, while others may tokenize."""
+        return self._start
 
     def try_out(self) -> None:
         """Write two tokens and score a text, so that a model that cannot is known before anybody asks."""

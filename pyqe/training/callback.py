@@ -24,6 +24,7 @@ from pyqe.lm_head import (
 )
 from pyqe.losses import SigmoidHeadLoss
 from pyqe.training.optimizer import RowAdam, parameter_groups
+from pyqe.training.parallel import processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,8 +82,9 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
 
     def _clear(self) -> None:
         self.head.zero_grad()
-        self._positions: int | None = None  # labelled ones since the last step, in this process
-        self._losses = {training: torch.zeros(2) for training in (True, False)}  # sum, number of positions
+        self._positions: Tensor | None = None  # labelled ones since the last step, in this process
+        device = self.head.scale.device
+        self._losses = {training: torch.zeros(2, device=device) for training in (True, False)}  # sum, positions
 
     # --- the model's forward passes
 
@@ -145,13 +147,14 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
             hidden, targets = hidden[:, :-1], targets[:, 1:]
         lm_head, training = LMHead.from_model(self._lm), self._lm.training
         hidden, targets = hidden.to(lm_head.weight.device), targets.to(lm_head.weight.device)
-        positions = int((targets != self.loss.ignore_index).sum())
+        positions = (targets != self.loss.ignore_index).sum()  # stays on the device: nobody waits for it
         with torch.set_grad_enabled(training), torch.autocast(hidden.device.type, enabled=False):
             loss = self.loss(self.head, hidden, targets, lm_head, generator=self._generators[training])
+            total = loss * positions
             if training:
-                (loss * positions).backward()
-                self._positions = (self._positions or 0) + positions
-        self._losses[training] += torch.tensor([loss.item() * positions, positions])
+                total.backward()
+                self._positions = positions if self._positions is None else self._positions + positions
+        self._losses[training] += torch.stack([total.detach(), positions])
 
     # --- the Trainer's events
 
@@ -161,7 +164,7 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
         if args.n_gpu > 1:
             raise ValueError("expected a process for each GPU (torchrun, accelerate launch), got one for all of them")
-        if _processes() > 1 and self.loss.sparse_grad:
+        if processes()[1] > 1 and self.loss.sparse_grad:
             raise ValueError("loss: expected dense gradients with several processes, got sparse_grad=True")
         self.attach(model, tokenizer)
         if tokenizer is not None:
@@ -174,8 +177,8 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
             _from_first_process(parameter.data)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        process = dist.get_rank() if _processes() > 1 else 0  # negatives differ between processes, and after each step
-        self._generators[True].manual_seed(args.seed + state.global_step * _processes() + process)
+        rank, count = processes()  # negatives differ between processes, and after each step
+        self._generators[True].manual_seed(args.seed + state.global_step * count + rank)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._positions is None:
@@ -183,7 +186,7 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
                 f"no labels reached the forward pass of {type(self._lm).__name__}: the Sigmoid Head needs a Trainer "
                 "that gives the model its labels (no label smoothing, no loss function of its own)"
             )
-        count = _sum(torch.tensor(float(self._positions), device=self.head.scale.device))
+        count = _sum(self._positions)
         for parameter in self.head.parameters():
             if parameter.grad is not None:
                 parameter.grad = _sum(parameter.grad) / count.clamp(min=1)
@@ -197,7 +200,7 @@ class SigmoidHeadCallback(TrainerCallback):  # type: ignore[misc]
         kind = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), None)
         if not training and kind in (None, "train_"):  # nobody's loss, or the summary of the training
             return
-        total, count = _sum(self._losses[training].to(self.head.scale.device)).tolist()
+        total, count = _sum(self._losses[training]).tolist()
         self._restart(training)
         if count:
             name = "head_loss" if training else f"{kind}head_loss"
@@ -261,17 +264,13 @@ def _checkpoint(args: Any, step: int) -> Path:
 # --- processes: data parallel
 
 
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _sum(tensor: Tensor) -> Tensor:
     """Its sum over the processes."""
-    if _processes() > 1:
+    if processes()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def _from_first_process(tensor: Tensor) -> None:
-    if _processes() > 1:
+    if processes()[1] > 1:
         dist.broadcast(tensor, src=0)

@@ -6,12 +6,12 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyqe.heads import SigmoidHead
 from pyqe.lm_head import LMHead, capture_hidden
 from pyqe.losses import SigmoidHeadLoss
+from pyqe.training.parallel import processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,15 +41,14 @@ class TrainingModule(nn.Module):
 
     def restart_evaluation(self) -> None:
         """Start the evaluation's negatives anew, so that every evaluation meets the same ones."""
-        self._eval_generator = torch.Generator().manual_seed(_EVAL_SEED + _rank())
+        self._eval_generator = torch.Generator().manual_seed(_EVAL_SEED + processes()[0])
 
     def _generator(self) -> torch.Generator | None:
         """Of the negatives: torch's own, but where several processes share a seed each has numbers of its own."""
         if not self.training:
             return self._eval_generator
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return None
-        return torch.Generator().manual_seed(int(torch.randint(2**31, ())) + _rank())
+        rank, count = processes()
+        return torch.Generator().manual_seed(int(torch.randint(2**31, ())) + rank) if count > 1 else None
 
     def forward(
         self,
@@ -105,10 +104,6 @@ class TrainingModule(nn.Module):
         with capture_hidden(lm, skip_logits=True) as captured:
             lm(**inputs, use_cache=False)
         return captured[0]
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _shift(tensor: Tensor | None) -> Tensor | None:

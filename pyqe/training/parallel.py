@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pyqe.training.module import TrainingModule
+if TYPE_CHECKING:
+    from pyqe.training.module import TrainingModule
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and their number: (0, 1) where nothing is distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def _average(parameter: Tensor, group: dist.ProcessGroup) -> None:
