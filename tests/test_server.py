@@ -282,22 +282,22 @@ def test_broken_weights_give_null_and_not_nan() -> None:
 
 
 @contextmanager
-def one_batch(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[int]]:
-    """Lets the engine work when so many rows wait; yields the sizes of batches to come."""
-    sizes: list[int] = []
+def one_batch(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[list[int]]]:
+    """Lets the engine work when so many rows wait; yields the lengths in batches to come."""
+    batches: list[list[int]] = []
     write, take = ServedModel.write, Engine._take
 
     def counted_write(self: ServedModel, rows: Sequence[WriteRow]) -> None:
-        sizes.append(len(rows))
+        batches.append([row.reads for row in rows])
         write(self, rows)
 
     def patient_take(self: Engine) -> Sequence[Row]:
-        return take(self) if len(self._queue) >= count or sizes else ()
+        return take(self) if len(self._queue) >= count or batches else ()
 
     with monkeypatch.context() as patch:
         patch.setattr(ServedModel, "write", counted_write)
         patch.setattr(Engine, "_take", patient_take)
-        yield sizes
+        yield batches
 
 
 def test_rows_of_a_batch_do_not_know_of_each_other(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +316,7 @@ def test_rows_of_a_batch_do_not_know_of_each_other(client: httpx.Client, monkeyp
     alone = [answer(request) for request in requests]
     assert alone == [answer(request) for request in requests]  # seeds
     together: dict[int, Any] = {}
-    with one_batch(monkeypatch, 6) as sizes:
+    with one_batch(monkeypatch, 6) as batches:
         threads = [
             threading.Thread(target=lambda i=i, request=request: together.update({i: answer(request)}))
             for i, request in enumerate(requests)
@@ -325,19 +325,22 @@ def test_rows_of_a_batch_do_not_know_of_each_other(client: httpx.Client, monkeyp
             thread.start()
         for thread in threads:
             thread.join()
-    assert sizes == [6]
+    assert [len(batch) for batch in batches] == [6]
     assert [together[i] for i in range(len(requests))] == alone
 
 
 def test_batches_keep_to_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = Limits(batch_size=3, batch_tokens=24, rows=8)
     with serving(estimator(), limits) as client:
-        with one_batch(monkeypatch, 8) as sizes:
+        with one_batch(monkeypatch, 8) as batches:
             complete(client, prompt=[[5] * 2] * 8, max_tokens=2)  # 4 tokens each
-        assert sizes == [3, 3, 2]
-        with one_batch(monkeypatch, 4) as sizes:
+        assert batches == [[2, 2, 2], [2, 2, 2], [2, 2]]
+        with one_batch(monkeypatch, 4) as batches:
             complete(client, prompt=[[5] * 2, [5] * 8, [5] * 10, [5] * 9], max_tokens=2)
-        assert sizes == [2, 2]
+        assert batches == [[2, 8], [10, 9]]
+        with one_batch(monkeypatch, 5) as batches:  # the oldest first, with those of about its length
+            complete(client, prompt=[[5] * 9, [5] * 2, [5] * 8, [5] * 10, [5] * 2], max_tokens=2)
+        assert batches == [[9, 8], [2, 2], [10]]
         too_long = client.post("/v1/completions", json={"prompt": [5] * 20, "max_tokens": 5})
         assert too_long.json()["error"]["code"] == "context_length_exceeded"
 
@@ -352,13 +355,13 @@ def test_a_row_that_is_done_does_not_wait_for_its_batch(client: httpx.Client, mo
         add(self, token, **options)
 
     monkeypatch.setattr(WriteRow, "add", held_add)
-    with one_batch(monkeypatch, 2) as sizes:
+    with one_batch(monkeypatch, 2) as batches:
         thread = threading.Thread(target=complete, args=[client], kwargs={"prompt": "x", "max_tokens": 9})
         thread.start()
         complete(client, prompt="The cat", max_tokens=2)
         short_is_done.set()
         thread.join()
-    assert sizes == [2]
+    assert [len(batch) for batch in batches] == [2]
 
 
 def test_draws_follow_the_distribution() -> None:

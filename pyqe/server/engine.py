@@ -19,8 +19,9 @@ logger = logging.getLogger("pyqe.server")
 class Engine:
     """Batches of what is waiting, one after the other, on a thread of its own.
 
-    A batch has what has waited longest and as much more of its kind as there is room for. Rows report as soon as they
-    are done; the next batch starts when all are.
+    A batch has what has waited longest and, of its kind, what is nearest to that in length, as much as there is room
+    for: little padding, and nothing waits forever. Rows report as soon as they are done; the next batch starts when all
+    are.
 
     Args:
         model: which nobody else may run.
@@ -104,10 +105,11 @@ class Engine:
             return self._running
 
     def _take(self) -> Sequence[Row]:
-        """The oldest row and others of its kind that fit; rows that nobody waits for go."""
+        """The oldest row and those of its kind that are nearest in length and fit; rows that nobody waits for go."""
         waiting = [row for row in self._queue if not row.cancelled]
+        alike = (row for row in waiting if row.kind == waiting[0].kind)
         batch: list[Row] = []
-        for row in (row for row in waiting if row.kind == waiting[0].kind):
+        for row in sorted(alike, key=lambda row: abs(row.reads - waiting[0].reads)):
             padded = max(other.reads for other in [*batch, row]) + max(other.writes for other in [*batch, row])
             if len(batch) == self.limits.batch_size or padded * (len(batch) + 1) > self.limits.batch_tokens:
                 break
