@@ -133,7 +133,15 @@ def test_shapes_are_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [("--models", "gpt5"), ("--models", "0x8"), ("--n", "0"), ("--n", "1,x"), ("--dtypes", "fp8"), ("tails",)],
+    [
+        ("--models", "gpt5"),
+        ("--models", "0x8"),
+        ("--n", "0"),
+        ("--n", "1,x"),
+        ("--dtypes", "fp8"),
+        ("--only", "tails"),
+        ("tails",),
+    ],
 )
 def test_wrong_usage(options: tuple[str, ...]) -> None:
     assert call(*options).exit_code == 2
@@ -152,6 +160,13 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch
     assert not report["complete"]
     assert [case["name"] for case in report["cases"]] == ["token logits"]
     assert "head, token logits" in result.stdout
+
+
+def test_cases_have_names_to_choose_by() -> None:
+    every = call("--list").stdout.splitlines()
+    assert not [name for name in every if " at 0x" in name]  # another one in each process
+    chosen = call("--only", "attached, smollm2", "--only", "temperature", "--list").stdout.splitlines()
+    assert chosen == [name for name in every if "attached, smollm2" in name or "temperature" in name]
 
 
 def test_resumes_with_the_cases_that_are_missing(tmp_path: Path) -> None:
@@ -520,17 +535,17 @@ CASES: dict[str, tuple[Callable[[], Case], float, set[str]]] = {
     "logits": (lambda: logits.softmax_stats(SHAPE), EXACT, {"eager", "torch.compile", "boostedprob"}),
     "temperature": (lambda: temperature.fit(500, 5), 2e-3, {"torch L-BFGS", "netcal", "scikit-learn"}),
     "generate": (
-        lambda: generate.generate("tiny", lambda: generate.random_lm(300, 32), 2, 3),
+        lambda: generate.generate("small random LM", 2, 3),
         0.0,
         {"pyqe, all signals", "model.generate"},
     ),
     "attach": (
-        lambda: generate.attached("tiny", lambda: generate.random_lm(300, 32), 2, 3),
+        lambda: generate.attached("small random LM", 2, 3),
         EXACT,
         {"model.generate", "authors"},
     ),
     "score": (
-        lambda: generate.score("tiny", lambda: generate.random_lm(300, 32), 2, 8),
+        lambda: generate.score("small random LM", 2, 8),
         EXACT,
         {"pyqe, quality alone", "pyqe, all signals"},
     ),

@@ -125,6 +125,7 @@ class Settings:
     Args:
         models, n, dtypes: of the cases.
         repeats: timed rounds.
+        only: parts of what cases are called; others are left out.
         without: names of rivals to leave out.
         quick: small shapes, to see that everything runs.
         large: also the cases that need much memory.
@@ -135,6 +136,7 @@ class Settings:
     n: tuple[int, ...] | None = None
     dtypes: tuple[str, ...] | None = None
     repeats: int = 7
+    only: tuple[str, ...] = ()
     without: frozenset[str] = frozenset()
     quick: bool = False
     large: bool = False

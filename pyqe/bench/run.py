@@ -28,7 +28,9 @@ def planned(suites: Sequence[str], settings: Settings) -> dict[str, Build]:
         >>> list(planned(["sampling"], Settings()))
         ['sampling: negatives, SmolLM2-135M bf16 N 1024']
     """
-    return {_key(suite, build): build for suite in suites for build in SUITES[suite](settings)}
+    cases = {_key(suite, build): build for suite in suites for build in SUITES[suite](settings)}
+    wanted = settings.only or ("",)
+    return {key: build for key, build in cases.items() if any(part in key for part in wanted)}
 
 
 def _key(suite: str, build: Build) -> str:

@@ -32,6 +32,7 @@ class Choice:
     models: tuple[str, ...] | None
     n: tuple[str, ...] | None
     dtypes: tuple[str, ...] | None
+    only: tuple[str, ...]
     without: tuple[str, ...] | None
     repeats: int | None
     threads: int | None
@@ -61,6 +62,7 @@ class Choice:
             n=None if self.n is None else tuple(map(int, self.n)),
             dtypes=self.dtypes,
             repeats=self.repeats or (_QUICK_REPEATS if self.quick else _REPEATS[self.device]),
+            only=self.only,
             without=frozenset(self.without or (("torch.compile",) if self.quick else ())),
             quick=self.quick,
             large=self.large,
@@ -89,6 +91,7 @@ _choice_options = option_group(
     click.option("--models", metavar="LIST", callback=_split, help="Comma-separated names (see above) or VxD."),
     click.option("--n", metavar="LIST", callback=_split, help="Rows of hidden states, such as 1,8,512."),
     click.option("--dtypes", metavar="LIST", callback=_split, help="Some of bf16, fp16, fp32."),
+    click.option("--only", metavar="TEXT", multiple=True, help="Cases with this in what --list calls them."),
     click.option(
         "--without", metavar="LIST", callback=_split, help="Rivals to leave out, such as torch.compile,authors."
     ),
@@ -143,11 +146,13 @@ def command(
     import torch
 
     from pyqe.bench import plots, run
+    from pyqe.bench.run import planned
 
+    cases = planned(chosen, settings)
+    if not cases:
+        raise click.BadParameter("no case has this in its name", click.get_current_context(), param_hint="--only")
     if list_only:
-        from pyqe.bench.run import planned
-
-        click.echo("\n".join(planned(chosen, settings)))
+        click.echo("\n".join(cases))
         return
     if choice.device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device cuda: torch finds no GPU; --list names the cases without one")

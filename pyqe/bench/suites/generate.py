@@ -14,35 +14,32 @@ from pyqe.bench.case import Case, Outcome, Rival, Settings
 from pyqe.cli.options import load_model
 from pyqe.lm_head import LMHead, capture_hidden
 
-Loader = Callable[[], tuple[Any, Any]]
-
-_RANDOM, _SMOLLM2 = "random LM", "smollm2"
+_SMOLLM2 = "smollm2"
+_RANDOM = {"random LM": (128256, 256), "small random LM": (2000, 32)}  # V, D
 _WORDS = "The capital of France is Paris, and the moon orbits the"
 
 
 def cases(settings: Settings) -> list[Callable[[], Case]]:
     if settings.quick:
-        tiny = partial(random_lm, vocab_size=2000, hidden_size=32)
-        return [
-            partial(generate, _RANDOM, tiny, 2, 4),
-            partial(attached, _RANDOM, tiny, 2, 4),
-            partial(score, _RANDOM, tiny, 2, 16),
-        ]
-    small = partial(random_lm, vocab_size=128256, hidden_size=256)
-    lms: tuple[tuple[str, Loader], ...] = ((_RANDOM, small), (_SMOLLM2, _smollm2))
+        name = "small random LM"
+        return [partial(generate, name, 2, 4), partial(attached, name, 2, 4), partial(score, name, 2, 16)]
     return [
         case
-        for name, load in lms
+        for name in ("random LM", _SMOLLM2)
         for case in (
-            *(partial(generate, name, load, prompts, 32) for prompts in (1, 8)),
-            partial(attached, name, load, 8, 64),
-            partial(score, name, load, 8, 128),
+            *(partial(generate, name, prompts, 32) for prompts in (1, 8)),
+            partial(attached, name, 8, 64),
+            partial(score, name, 8, 128),
         )
     ]
 
 
 @lru_cache(maxsize=1)
-def random_lm(vocab_size: int, hidden_size: int) -> tuple[Any, Any]:
+def _load(name: str) -> tuple[Any, Any]:
+    return load_model(name, "auto", "cpu") if name == _SMOLLM2 else _random_lm(*_RANDOM[name])
+
+
+def _random_lm(vocab_size: int, hidden_size: int) -> tuple[Any, Any]:
     """A small Llama with random weights and a large vocabulary, and a tokenizer of as many words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -65,11 +62,6 @@ def random_lm(vocab_size: int, hidden_size: int) -> tuple[Any, Any]:
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
-@lru_cache(maxsize=1)
-def _smollm2() -> tuple[Any, Any]:
-    return load_model(_SMOLLM2, "auto", "cpu")
-
-
 def _facts(name: str, rows: int, model: Any) -> dict[str, Any]:
     head = LMHead.from_model(model)
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(head.weight.dtype, "fp32")
@@ -80,9 +72,9 @@ def _absent(case: str, name: str, rows: int, reason: Exception) -> Case:
     return Case("generate", case, {"model": name, "n": rows}, tuple, [Rival("pyqe", missing=str(reason))])
 
 
-def generate(name: str, load: Loader, rows: int, new_tokens: int) -> Case:
+def generate(name: str, rows: int, new_tokens: int) -> Case:
     try:
-        model, tokenizer = load()
+        model, tokenizer = _load(name)
     except (FileNotFoundError, ImportError) as error:
         return _absent("generate", name, rows, error)
     qe = pyqe.QualityEstimator(model, tokenizer, pyqe.SigmoidHead.from_lm_head(model, tokenizer))
@@ -115,10 +107,10 @@ def generate(name: str, load: Loader, rows: int, new_tokens: int) -> Case:
     )
 
 
-def attached(name: str, load: Loader, rows: int, new_tokens: int) -> Case:
+def attached(name: str, rows: int, new_tokens: int) -> Case:
     """What ``pyqe.attach`` adds to the model's own ``generate``."""
     try:
-        model, tokenizer = load()
+        model, tokenizer = _load(name)
     except (FileNotFoundError, ImportError) as error:
         return _absent("attach", name, rows, error)
     head = pyqe.SigmoidHead.from_lm_head(model, tokenizer)
@@ -181,9 +173,9 @@ def _both_heads(output: Any, head: pyqe.SigmoidHead, tokens: Tensor) -> Outcome:
     }
 
 
-def score(name: str, load: Loader, rows: int, length: int) -> Case:
+def score(name: str, rows: int, length: int) -> Case:
     try:
-        model, tokenizer = load()
+        model, tokenizer = _load(name)
     except (FileNotFoundError, ImportError) as error:
         return _absent("score", name, rows, error)
     head = pyqe.SigmoidHead.from_lm_head(model, tokenizer)
