@@ -3,7 +3,7 @@
 # make sanitize-cuda: the CUDA kernels on the emulator of the tests, under the address sanitizer: a quarter of an hour.
 # make gpu: build, prove and measure on this machine's GPU, with PYTHON's own packages; results in the folder OUT.
 # make quality: how good a Sigmoid Head's scores are on text that people judged, from the data in the folder PYQE_DATA:
-# long; a killed run goes on. Report in benchmarks/results/quality.
+# 80 minutes on two cores; a killed run goes on. Report in benchmarks/results/quality.
 # The others make their own virtual environment in .venv from nothing; they need Python 3.10+ and a C++17 compiler.
 
 PYTHON ?= python3
