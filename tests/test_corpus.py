@@ -179,6 +179,19 @@ def test_several_files(call: Callable[..., Result]) -> None:
         ]
 
 
+def test_text_that_parquet_has_as_bytes(call: Callable[..., Result]) -> None:
+    pytest.importorskip("pyarrow")
+    write_parquet(Path("B.PARQUET"), {"text": [b"the cat", b"\xff", "é".encode()], "n": [b"\xff", b"a", None]})
+    assert call("B.PARQUET", "-o", "out.jsonl").exit_code == SOME_ROWS_FAILED
+    found = rows(Path("out.jsonl").read_text(encoding="utf-8"))
+    assert [row["status"] for row in found] == ["ok", "failed", "ok"]
+    assert found[1]["reason"] == "text: invalid UTF-8 at byte 1"
+    assert [(found[i]["text"], found[i]["n"]) for i in (0, 2)] == [("the cat", "\\xff"), ("é", None)]
+    Path("b.txt").write_text("the cat\n")
+    assert call("b.txt", "-o", "lines.jsonl").exit_code == OK
+    assert rows(Path("lines.jsonl").read_text())[0]["token_prob"] == found[0]["token_prob"]
+
+
 def test_parquet_keeps_the_types_of_columns(call: Callable[..., Result]) -> None:
     pa = pytest.importorskip("pyarrow")
     texts = [None if n == 3 else f"the cat sat {n}" for n in range(11)]
@@ -331,6 +344,20 @@ def test_parts_are_no_input(call: Callable[..., Result], whole: bytes) -> None:
 
 
 @pytest.mark.usefixtures("interrupted")
+@pytest.mark.parametrize(("options", "kept"), [((), True), (("--signals", "prob"), False)])
+def test_torchrun_goes_on_with_the_same_run(
+    call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], kept: bool
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_MAX_RESTARTS", "2")):
+        monkeypatch.setenv(name, value)
+    part = Path("out.parts/part-000000.jsonl")
+    before = part.stat().st_mtime_ns
+    result = call("in.jsonl", "-o", "out/", *options)
+    assert (result.exit_code, "24 from an earlier run" in result.stderr) == (OK, kept)
+    assert (Path("out", part.name).stat().st_mtime_ns == before) == kept
+
+
+@pytest.mark.usefixtures("interrupted")
 def test_resume_refuses_another_run(call: Callable[..., Result], models: Path) -> None:
     result = call("in.jsonl", "-o", "out/", "--resume", "--signals", "prob")
     assert (result.exit_code, "has not the same signals" in result.stderr) == (FAILED, True)
@@ -383,15 +410,17 @@ def test_input_that_shrinks_is_an_error(
 
 
 def torchrun(folder: Path, models: Path, *arguments: str, kill_at: str) -> subprocess.CompletedProcess[str]:
-    """``pyqe score`` of in.jsonl into out.jsonl by two processes."""
+    """``pyqe score`` of in.jsonl into out.jsonl by two processes, or as many as the arguments say."""
     job = ("--standalone", "--nproc-per-node", "2", *arguments)
     names = ("-m", str(models / "llama"), "--head", str(models / "head"), *SHARD)
     command = ("-m", "torch.distributed.run", *job, "-m", "pyqe", "score", "in.jsonl", "-o", "out.jsonl", *names)
     return finished([sys.executable, *command], folder, kill_at)
 
 
-def test_torchrun_starts_again_after_a_kill(models: Path, whole: bytes, tmp_path: Path) -> None:
-    ended = torchrun(tmp_path, models, "--max-restarts", "1", kill_at="part-000003.jsonl")
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_torchrun_starts_again_after_a_kill(models: Path, whole: bytes, tmp_path: Path, count: str) -> None:
+    options = ("--max-restarts", "1", "--nproc-per-node", count)
+    ended = torchrun(tmp_path, models, *options, kill_at="part-000003.jsonl")
     assert ended.returncode == OK, ended.stderr
     assert (tmp_path / "killed-part-000003.jsonl").exists()
     assert (tmp_path / "out.jsonl").read_bytes() == whole
@@ -505,6 +534,8 @@ def test_ray_scorer_adds_columns(ray_report: tuple[Path, dict[str, Any]]) -> Non
         ([{"CPU": 8, "GPU": 2}], (None, 0.5), 4, {"num_gpus": 0.5}),
         ([{"CPU": 8, "GPU": 2}], (None, 0.0), 1, {"num_cpus": 8}),
         ([{"CPU": 8, "GPU": 80}], (None, None), 10, {"num_gpus": 1.0}),
+        ([{"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 3}], (None, 2.0), 2, {"num_gpus": 2.0}),
+        ([{"CPU": 8}], (3, 1.0), 3, {"num_gpus": 1.0}),
     ],
 )
 def test_workers_of_a_cluster(
@@ -517,10 +548,10 @@ def test_workers_of_a_cluster(
     assert pool == each
 
 
-@pytest.mark.parametrize(("node", "gpus"), [({"CPU": 8, "GPU": 1}, 2.0), ({}, None)])
+@pytest.mark.parametrize(("node", "gpus"), [({"CPU": 8, "GPU": 1}, 2.0), ({"CPU": 8}, 1.0), ({}, None)])
 def test_a_worker_that_no_cluster_has(node: dict[str, float], gpus: float | None) -> None:
     pytest.importorskip("ray.data")
-    with pytest.raises(ValueError, match="which one does not fit"):
+    with pytest.raises(ValueError, match="workers: no node has"):
         ray_engine._pool([{"Alive": True, "Resources": node}], 10, None, gpus)
 
 

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import click
 
+from pyqe import __version__
 from pyqe.cli import parquet
 from pyqe.cli.options import Decorator, option_group
 from pyqe.cli.output import Counts, is_special
 from pyqe.cli.pipeline import CHUNK_BATCHES, Fields, Load, Streams, Task, answer, say_counts
-from pyqe.cli.processes import Processes, size_of_job
-from pyqe.cli.rows import BadRowError, Row, chunks, complain
+from pyqe.cli.processes import Processes, is_restarted_by_torchrun, size_of_job
+from pyqe.cli.rows import BadRowError, Row, chunks, complain, is_parquet
 from pyqe.cli.shards import Parts, Shard, cut, file_state, find_files, parts_folder
 
 
@@ -106,11 +107,13 @@ def is_corpus(streams: Streams, options: CorpusOptions) -> bool:
     return (
         options.engine == "ray"
         or size_of_job() > 1
+        or is_restarted_by_torchrun()
         or "parquet" in (streams.input_form, streams.output_form)
-        or source.endswith(".parquet")
+        or is_parquet(source)
         or os.path.isdir(source)
         or _is_pattern(source)
-        or output.endswith((".parquet", "/"))
+        or is_parquet(output)
+        or output.endswith("/")
         or os.path.isdir(output)
         or (streams.resume and parts_folder(output).is_dir())
     )
@@ -143,12 +146,7 @@ def run(
     form = _output_form(streams, options)
     processes = Processes()
 
-    def prepare() -> _Plan:
-        plan = _prepare(streams, form, streams.resume or processes.restarted, options, settings)
-        processes.note_start()
-        return plan
-
-    plan = processes.share(prepare)
+    plan = processes.share(lambda: _prepare(streams, form, options, settings))
     job = Job(plan.parts, form, fields, CHUNK_BATCHES * batch_size, plan.several_files, streams.strict)
     # Each in its turn: texts of one kind, such as the long ones, often stand together
     todo = plan.todo[processes.rank :: processes.size]
@@ -161,7 +159,7 @@ def run(
         plan.parts.finish(len(plan.shards))
     total = Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
     say_counts(total, plan.kept, "tokens", max(time.monotonic() - started, 1e-9))
-    if (total.failed or plan.kept.failed) and not processes.restarting:
+    if (total.failed or plan.kept.failed) and not is_restarted_by_torchrun():
         raise click.exceptions.Exit(3)
 
 
@@ -171,7 +169,7 @@ def _output_form(streams: Streams, options: CorpusOptions) -> str:
         raise click.UsageError("A corpus needs a file, folder or pattern as INPUT, a file or folder as -o.", context)
     if options.engine == "ray" and size_of_job() > 1:
         raise click.UsageError("--engine ray starts its workers itself: leave out torchrun.", context)
-    form = "parquet" if output.endswith(".parquet") else streams.output_form
+    form = "parquet" if is_parquet(output) else streams.output_form
     if form not in ("jsonl", "parquet"):
         raise click.UsageError("--to: the scores of a corpus are written as jsonl or parquet.", context)
     return form
@@ -188,7 +186,7 @@ class _Plan:
     several_files: bool
 
 
-def _prepare(streams: Streams, form: str, resume: bool, options: CorpusOptions, settings: dict[str, Any]) -> _Plan:
+def _prepare(streams: Streams, form: str, options: CorpusOptions, settings: dict[str, Any]) -> _Plan:
     parts = Parts(streams.output, form)
     files = [name for name in find_files(streams.source) if parts.folder not in Path(name).resolve().parents]
     if not files:
@@ -198,7 +196,7 @@ def _prepare(streams: Streams, form: str, resume: bool, options: CorpusOptions, 
     shards = cut(files, streams.input_form, options.shard_rows)
     states = [file_state(path) for path in files]
     asked = {"input": states, "shard-rows": options.shard_rows, "from": streams.input_form, "to": form, **settings}
-    parts.begin(asked, resume)
+    parts.begin({"pyqe": __version__, **asked}, resume=streams.resume, restarting=is_restarted_by_torchrun())
     finished = {shard.number: parts.finished(shard.number) for shard in shards}
     before = [counts for counts in finished.values() if counts is not None]
     kept = Counts(sum(counts["rows"] for counts in before), sum(counts["failed"] for counts in before))

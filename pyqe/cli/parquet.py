@@ -67,8 +67,18 @@ def rows_of_table(table: Any, first: int, check: Check) -> Iterator[Row]:
     _check_columns(table.column_names, "table")
     for number, values in enumerate(table.to_pylist(), first):
         fields = _plain(values)
-        reason = check(fields)
+        reason = next(filter(None, (_not_utf8(name, values.get(name)) for name in ("text", "prompt"))), check(fields))
         yield Row(number, fields) if reason is None else Row(number, fields, "failed", reason)
+
+
+def _not_utf8(name: str, value: Any) -> str | None:
+    """What is wrong with bytes, as which some programs write text."""
+    try:
+        if isinstance(value, bytes):
+            value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"{name}: invalid UTF-8 at byte {error.start + 1}"
+    return None
 
 
 def _plain(value: Any) -> Any:
@@ -81,6 +91,8 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 

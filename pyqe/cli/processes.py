@@ -22,6 +22,11 @@ def size_of_job() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
+def is_restarted_by_torchrun() -> bool:
+    """Whether torchrun starts this process again after any exit code but 0, or has done so."""
+    return "RANK" in os.environ and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 def local_device(device: str) -> str:
     """The GPU that is this process's own, where any GPU of a job would do."""
     if size_of_job() == 1 or device not in ("auto", "cuda"):
@@ -42,25 +47,13 @@ class Processes:
     Attributes:
         size: how many there are.
         rank: which of them this is.
-        restarting: torchrun starts the job again after any exit code but 0.
     """
 
     def __init__(self) -> None:
         self.size = size_of_job()
         self.rank = int(os.environ["RANK"]) if self.size > 1 else 0
-        self.restarting = self.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
         self._store: Any = _job_store() if self.size > 1 else None
         self._names = [secrets.token_hex(16)]  # of the others too, in the first process
-
-    @property
-    def restarted(self) -> bool:
-        """Whether torchrun has started this job before."""
-        return self.size > 1 and self._store.check(["started"])
-
-    def note_start(self) -> None:
-        """From now on, should torchrun start it again, the job is :attr:`restarted`."""
-        if self.size > 1:
-            self._store.set("started", "")
 
     def share(self, make: Callable[[], Value]) -> Value:
         """What the first process makes, for all; it waits for them."""

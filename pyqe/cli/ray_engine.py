@@ -11,6 +11,8 @@ from dataclasses import asdict
 from functools import cache
 from typing import Any
 
+import click
+
 from pyqe.cli.corpus import Done, Job, score_shard
 from pyqe.cli.errors import EXPECTED_ERRORS, one_line
 from pyqe.cli.pipeline import Load
@@ -33,7 +35,7 @@ def score_on_ray(
 
     Raises:
         ImportError: there is no Ray.
-        ValueError: no worker fits the cluster.
+        ValueError: no worker fits the cluster as it is, and it is not said how many there should be.
         RuntimeError: what a worker has raised; Ray's own errors.
     """
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # the progress is ours to tell
@@ -48,7 +50,9 @@ def score_on_ray(
     if not was_running:
         ray.init(logging_level=logging.ERROR)
     try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = -1  # a block of shards may take hours
         pool = _pool(ray.nodes(), len(todo), workers, gpus_per_worker)
         blocks = min(len(todo), _BLOCKS * pool["compute"].max_size)
         shards = ray.data.from_items([asdict(shard) for shard in todo], override_num_blocks=blocks)
@@ -87,12 +91,16 @@ def _pool(
     from ray.data import ActorPoolStrategy
 
     resources = [node["Resources"] for node in nodes if node["Alive"]]
-    gpus = sum(found.get("GPU", 0) for found in resources)
+    gpus = [found["GPU"] for found in resources if found.get("GPU")]
     cpus = [found["CPU"] for found in resources if found.get("CPU")]
-    share = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
-    workers = min(shards, workers or (int(gpus // share) if share else len(cpus)))
-    if workers == 0:
-        raise ValueError(f"workers: the cluster has {gpus:g} GPUs and {sum(cpus):g} CPUs, which one does not fit")
+    share = float(bool(gpus)) if gpus_per_worker is None else gpus_per_worker
+    room = sum(int(found // share) for found in gpus) if share else len(cpus)  # an actor lives on one node
+    if room == 0:
+        found = f"no node has {share:g} GPUs for a worker" if share else "no node has a CPU"
+        if workers is None:
+            raise ValueError(f"workers: {found}")
+        click.echo(f"pyqe: {found}; waiting for one that has", err=True)  # where the cluster grows when asked to
+    workers = min(shards, workers or room)
     if share:
         return {"compute": ActorPoolStrategy(size=workers), "num_gpus": share}
-    return {"compute": ActorPoolStrategy(size=workers), "num_cpus": max(1, int(min(*cpus, sum(cpus) / workers)))}
+    return {"compute": ActorPoolStrategy(size=workers), "num_cpus": max(1, int(min([*cpus, sum(cpus) / workers])))}

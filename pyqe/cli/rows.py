@@ -14,12 +14,13 @@ from typing import IO, Any, Literal, NoReturn, TypeVar
 
 Format = Literal["jsonl", "text", "tsv", "parquet"]
 FORMATS: tuple[Format, ...] = ("jsonl", "text", "tsv")  # of lines
-_SUFFIXES: dict[str, Format] = {
+SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
     ".ndjson": "jsonl",
     ".tsv": "tsv",
     ".txt": "text",
+    ".parquet": "parquet",
 }
 
 Item = TypeVar("Item")
@@ -66,6 +67,8 @@ def read_rows(path: str, form: str, name: str, check: Check) -> Iterator[Row]:
     form = _form_by_name(path, form)
     if form == "tsv" and name != "text":
         raise ValueError(f"{path}: TSV is source TAB target, and there is no target here; --from tells another format")
+    if form == "parquet":
+        raise ValueError(f"{path}: Parquet is read by 'pyqe score' alone")
     source: AbstractContextManager[IO[bytes]]
     source = nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")  # noqa: SIM115  # closed by _rows
     return _rows(source, form, name, check)
@@ -87,7 +90,7 @@ def rows_of_lines(lines: Iterable[bytes], first: int, form: str, name: str, chec
 
 
 def form_of_file(path: str, form: str) -> str:
-    """The format of a file's lines, where ``form`` is "auto" as in :func:`read_rows`.
+    """The format of a file, where ``form`` is "auto" as in :func:`read_rows`.
 
     Raises:
         OSError: the file cannot be read.
@@ -100,7 +103,12 @@ def form_of_file(path: str, form: str) -> str:
 
 
 def _form_by_name(path: str, form: str) -> str:
-    return _SUFFIXES.get(Path(path).suffix.lower(), "auto") if form == "auto" else form
+    return SUFFIXES.get(Path(path).suffix.lower(), "auto") if form == "auto" else form
+
+
+def is_parquet(path: str) -> bool:
+    """Whether a file's name says so."""
+    return _form_by_name(path, "auto") == "parquet"
 
 
 def _recognised(stream: Iterable[bytes]) -> tuple[Format, Iterable[bytes]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,19 @@ _limit_options = option_group(
     _limit("--body-timeout", "body_seconds", "Seconds in which a request has to arrive."),
     _limit("--timeout", "seconds", "Seconds in which a request has to be answered, waiting included."),
 )
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Keeps torch from starting OpenMP's threads for this thread, which would slow down those of the engine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @click.command("serve")
@@ -76,7 +91,8 @@ def command(
         raise click.UsageError("--api-key: expected a key, got none.", click.get_current_context())
     options = EstimatorOptions(**vars(language_model), head_name=head_name, signals=None, batch_size=limits.batch_size)
     name = name or Path(language_model.model_name).resolve().name
-    app = create_app(options.estimator(), name=name, limits=limits, api_key=api_key)
+    with _one_torch_thread():
+        app = create_app(options.estimator(), name=name, limits=limits, api_key=api_key)
     config = uvicorn.Config(
         app,
         host=host,

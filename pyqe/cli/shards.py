@@ -21,10 +21,9 @@ import click
 
 from pyqe._files import atomic_path
 from pyqe.cli import parquet
-from pyqe.cli.rows import Check, Row, form_of_file, rows_of_lines
+from pyqe.cli.rows import SUFFIXES, Check, Row, form_of_file, rows_of_lines
 
 _MOST_TRIES = 4  # of a shard in a run: rows that kill every worker must not do so for ever
-_SUFFIXES = (".jsonl", ".json", ".ndjson", ".tsv", ".txt", ".parquet")  # of a folder's files that are read
 
 
 def file_state(path: str) -> tuple[str, int, int]:
@@ -75,13 +74,13 @@ def find_files(source: str) -> list[str]:
     if os.path.isfile(source):
         return [source]
     if os.path.isdir(source):
-        names = (name for name in os.listdir(source) if name.endswith(_SUFFIXES) and not name.startswith((".", "_")))
-        paths = [os.path.join(source, name) for name in names]
+        names = (name for name in os.listdir(source) if not name.startswith((".", "_")))  # which others hide, too
+        paths = [os.path.join(source, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
     else:
         paths = glob.glob(source, recursive=True)
     files = sorted(path for path in paths if os.path.isfile(path))
     if not files:
-        raise FileNotFoundError(f"{source}: no file, no folder with files named {', '.join(_SUFFIXES)}, no pattern")
+        raise FileNotFoundError(f"{source}: no file, no folder with files named {', '.join(SUFFIXES)}, no pattern")
     return files
 
 
@@ -94,9 +93,8 @@ def cut(files: Sequence[str], form: str, size: int) -> list[Shard]:
     """
     shards: list[Shard] = []
     for path in files:
-        is_parquet = form == "parquet" or (form == "auto" and path.endswith(".parquet"))
-        found = "parquet" if is_parquet else form_of_file(path, form)
-        for first, rows, offset in _spans_of_table(path, size) if is_parquet else _spans_of_lines(path, size):
+        found = form_of_file(path, form)
+        for first, rows, offset in (_spans_of_table if found == "parquet" else _spans_of_lines)(path, size):
             shards.append(Shard(len(shards), path, os.path.abspath(path), found, first, rows, offset))
     return shards or [Shard(0, path, os.path.abspath(path), found, 1, 0, 0)]  # a corpus without rows has a result too
 
@@ -155,26 +153,26 @@ class Parts:
     def _state(self) -> Path:
         return self.folder / "_pyqe"  # readers of data sets pass over names that begin so
 
-    def begin(self, plan: dict[str, Any], resume: bool) -> None:
-        """Make the folder; with ``resume`` keep what an interrupted run has put there.
+    def begin(self, plan: dict[str, Any], *, resume: bool, restarting: bool = False) -> None:
+        """Make the folder; with ``resume``, and ``restarting`` the same plan, keep what an earlier run has put there.
 
         Raises:
             FileExistsError: another folder has this name.
-            ValueError: the interrupted run was another one.
+            ValueError: the run that is to be resumed was another one.
         """
         plan = json.loads(json.dumps(plan))  # as it is in the file
         saved = self._state / "plan.json"
-        if saved.exists() and resume:
+        if saved.exists():
             before = json.loads(saved.read_text(encoding="utf-8"))
             differing = [name for name in plan if before.get(name) != plan[name]]
-            if differing:
+            if resume and differing:
                 raise ValueError(
                     f"{self.folder}, of an earlier run, has not the same {', '.join(differing)}: remove it"
                 )
-            for path in self._state.glob("*.tries"):
-                path.unlink()
-            return
-        if saved.exists():
+            if resume or (restarting and not differing):
+                for path in self._state.glob("*.tries"):
+                    path.unlink()
+                return
             shutil.rmtree(self.folder)
         elif self.folder.exists() and any(path.name != "_pyqe" for path in self.folder.iterdir()):
             raise FileExistsError(f"{self.folder}: in the way, and not of an earlier run")

@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 from functools import cache
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, fail_after, to_thread
+from anyio import CapacityLimiter, current_time, fail_after, to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
@@ -29,7 +29,7 @@ from pyqe.server.model import ServedModel
 from pyqe.server.requests import ChatRequest, CompletionRequest, Generation, ScoreRequest, chat
 from pyqe.server.responses import JsonResponse, dumps
 from pyqe.server.rows import News, Sampling, ScoreNews, ScoreRow, Token, WriteRow
-from pyqe.server.waiting import Answers
+from pyqe.server.waiting import Answers, Deadline
 
 T = TypeVar("T")
 
@@ -114,31 +114,34 @@ class Service:
         return JsonResponse(self._card())
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        deadline = Deadline(self.limits.seconds)
         self._check_model(body.model)
         self._check_rows(len(body.prompts) * body.n, "prompt")
         prompts = [
             self._checked_ids(prompt)
             if isinstance(prompt, list)
-            else await self._tokenized("prompt", self.model.prompt_ids, prompt)
+            else await self._tokenized("prompt", deadline, self.model.prompt_ids, prompt)
             for prompt in body.prompts
         ]
         top = body.logprobs or 0
         rows = self._rows(body, prompts, body.max_tokens, _COMPLETION_TOKENS, top, "prompt")
         form = self._form(CompletionForm, with_logprobs=body.logprobs is not None)
-        return await self._answer(form, body, rows, sum(map(len, prompts)), request)
+        return await self._answer(form, body, rows, sum(map(len, prompts)), deadline, request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
+        deadline = Deadline(self.limits.seconds)
         self._check_model(body.model)
         self._check_rows(body.n, "n")
         if not getattr(self.model.tokenizer, "chat_template", None):
             raise ApiError(400, "the model has no chat template; use /v1/completions", param="messages")
-        prompt = await self._tokenized("messages", self.model.prompt_ids, chat(body.messages))
+        prompt = await self._tokenized("messages", deadline, self.model.prompt_ids, chat(body.messages))
         wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         rows = self._rows(body, [prompt], wanted, self.limits.max_tokens, body.top_logprobs, "messages")
         form = self._form(ChatForm, with_logprobs=body.logprobs)
-        return await self._answer(form, body, rows, len(prompt), request)
+        return await self._answer(form, body, rows, len(prompt), deadline, request)
 
     async def score(self, body: ScoreRequest, request: Request) -> Response:
+        deadline = Deadline(self.limits.seconds)
         self._check_model(body.model)
         self._check_rows(len(body.pairs), "texts")
         signals = self._signals(body.signals)
@@ -146,11 +149,11 @@ class Service:
         for index, (text, prompt) in enumerate(body.pairs):
             if prompt is None and self.model.model.config.is_encoder_decoder:
                 raise ApiError(400, "prompt: expected the source of every text", param="prompt")
-            row = await self._tokenized("prompt", self.model.score_row, index, text, prompt, signals)
+            row = await self._tokenized("prompt", deadline, self.model.score_row, index, text, prompt, signals)
             if row.reads > self.room:
                 raise _too_long("text", f"{row.reads} tokens with its prompt", self.room)
             rows.append(row)
-        answers = self._submit(rows)
+        answers = self._submit(rows, deadline)
         found: list[ScoreNews] = sorted(await answers.all(request.receive), key=lambda news: news.index)
         results = [news.scored.to_dict() for news in found]
         for row, result in zip(rows, results, strict=True):
@@ -178,15 +181,15 @@ class Service:
             raise ApiError(400, f"prompt: expected token ids in [0, {size})", param="prompt")
         return ids
 
-    async def _tokenized(self, param: str, tokenize: Callable[..., T], *arguments: Any) -> T:
+    async def _tokenized(self, param: str, deadline: Deadline, tokenize: Callable[..., T], *arguments: Any) -> T:
         """What a function makes of texts, on another thread; one request after the other, as they came."""
         if self._tokenizing.statistics().tasks_waiting >= self.limits.queue_size:
             raise QueueFullError
         try:
-            with fail_after(self.limits.seconds):
+            with fail_after(deadline.time - current_time()):
                 return await to_thread.run_sync(tokenize, *arguments, limiter=self._tokenizing)
         except TimeoutError as error:
-            raise ApiError(504, f"not tokenized within {self.limits.seconds:g} seconds") from error
+            raise ApiError(504, f"not tokenized within {deadline.seconds:g} seconds") from error
         except (TemplateError, ValueError, TypeError, LookupError) as error:
             raise ApiError(400, f"{param}: the model's tokenizer refuses it: {error}", param=param) from error
 
@@ -232,15 +235,21 @@ class Service:
 
     # --- answers
 
-    def _submit(self, rows: Sequence[WriteRow] | Sequence[ScoreRow]) -> Answers:
-        answers = Answers(rows, self.limits.seconds)
+    def _submit(self, rows: Sequence[WriteRow] | Sequence[ScoreRow], deadline: Deadline) -> Answers:
+        answers = Answers(rows, deadline)
         self.engine.submit(rows)
         return answers
 
     async def _answer(
-        self, form: Form, body: Generation, rows: Sequence[WriteRow], prompt_tokens: int, request: Request
+        self,
+        form: Form,
+        body: Generation,
+        rows: Sequence[WriteRow],
+        prompt_tokens: int,
+        deadline: Deadline,
+        request: Request,
     ) -> Response:
-        answers = self._submit(rows)
+        answers = self._submit(rows, deadline)
         self.metrics.add(None, prompt=prompt_tokens)
         if body.stream:
             events = self._events(form, answers, len(rows), prompt_tokens, body.stream_options.include_usage)

@@ -43,7 +43,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Rows in the queue."""
-        return len(self._queue)
+        return sum(not row.cancelled for row in self._queue)
 
     @property
     def is_ready(self) -> bool:

@@ -11,6 +11,14 @@ from pyqe.server.errors import ApiError
 from pyqe.server.rows import Row
 
 
+class Deadline:
+    """When a request that comes now has to be answered: ``time``, by the clock of the event loop."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.time = asyncio.get_running_loop().time() + seconds
+
+
 class Answers:
     """News of a request's rows, from the engine's thread, until all are done.
 
@@ -18,13 +26,13 @@ class Answers:
 
     Args:
         rows: not submitted yet.
-        seconds: until the deadline.
+        deadline: by the clock of the event loop.
     """
 
-    def __init__(self, rows: Sequence[Row], seconds: float) -> None:
+    def __init__(self, rows: Sequence[Row], deadline: Deadline) -> None:
         self._rows = rows
         self._news: asyncio.Queue[Any] = asyncio.Queue()
-        self._seconds = seconds
+        self._deadline = deadline
         loop = asyncio.get_running_loop()
 
         def report(item: Any) -> None:
@@ -40,8 +48,8 @@ class Answers:
         Raises:
             ApiError: it came to nothing.
         """
-        late = ApiError(504, f"no complete answer within {self._seconds:g} seconds")
-        deadline = asyncio.get_running_loop().call_later(self._seconds, self._news.put_nowait, late)
+        late = ApiError(504, f"no complete answer within {self._deadline.seconds:g} seconds")
+        alarm = asyncio.get_running_loop().call_at(self._deadline.time, self._news.put_nowait, late)
         waiting = len(self._rows)
         try:
             while waiting:
@@ -51,7 +59,7 @@ class Answers:
                 waiting -= item.is_last
                 yield item
         finally:
-            deadline.cancel()
+            alarm.cancel()
             self.cancel()
 
     def cancel(self) -> None:

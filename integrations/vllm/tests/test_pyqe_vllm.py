@@ -282,6 +282,13 @@ def test_nothing_is_copied_when_nobody_asks() -> None:
     steps.recorder.add("a")
     steps.model.compute_logits(torch.zeros(9, 5))  # of a prompt's log-probabilities
     assert steps.recorder._seen is None
+    for end in (lambda: steps.recorder.leave("a"), lambda: steps.recorder.take([("a", [])])):
+        steps.recorder.add("a")
+        steps.model.compute_logits(torch.zeros(2, 5))
+        assert steps.recorder._seen is not None
+        end()  # and its scores may never be fetched
+        steps.model.compute_logits(torch.zeros(2, 5))
+        assert steps.recorder._seen is None
 
 
 def test_endpoint(processor: Any, model: LlamaForCausalLM, head: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,8 +116,10 @@ class QualityProcessor(*_bases()):  # type: ignore[misc]
             self.recorder.add(key)
 
     def _leave(self, index: int) -> None:
-        self._keys.pop(index, None)
+        key = self._keys.pop(index, None)
         self._written.pop(index, None)
+        if key is not None:
+            self.recorder.leave(key)
 
     def _rows(self, device: torch.device) -> tuple[list[Row], Tensor]:
         rows = [Row(key, index, len(self._written[index])) for index, key in self._keys.items()]

@@ -70,6 +70,7 @@ class Recorder:
         self.head: SigmoidHead | None = None
         self._compute_logits: Callable[[Tensor], Tensor | None] | None = None
         self._requests: OrderedDict[str, _Request] = OrderedDict()
+        self._running: set[str] = set()
         self._seen: _Step | None = None
         self._step: _Step | None = None
         self._settled: list[tuple[list[Row], Tensor, Tensor]] = []
@@ -94,14 +95,19 @@ class Recorder:
     def _see(self, hidden: Tensor, logits: Tensor | None) -> None:
         """Copy what the sampler and masks of a grammar may change in place."""
         self._seen = None
-        if self._requests and logits is not None and len(logits) <= self.max_rows:
+        if self._running and logits is not None and len(logits) <= self.max_rows:
             self._seen = _Step(hidden.clone(), logits.clone())
 
     def add(self, key: str) -> None:
         """Begin a request, or go on with one that was put off."""
         self._requests.setdefault(key, _Request())
+        self._running.add(key)
         while len(self._requests) > self.capacity:
-            self._requests.popitem(last=False)
+            self.leave(self._requests.popitem(last=False)[0])
+
+    def leave(self, key: str) -> None:
+        """The request takes part in no step from now on, unless it is added again."""
+        self._running.discard(key)
 
     def step(self, rows: Iterable[Row], previous: Tensor, count: int) -> None:
         """The engine is about to choose tokens.
@@ -177,6 +183,8 @@ class Recorder:
         """
         self._flush()
         requests = [(self._requests.pop(key, None), key, token_ids) for key, token_ids in wanted]
+        for key, _ in wanted:
+            self.leave(key)
         if self._step is not None:
             for request, key, _ in requests:
                 row = self._step.rows.pop(key, None)
