@@ -193,7 +193,7 @@ def run(options: argparse.Namespace, head_folder: str) -> dict[str, Any]:
     memory = served.resident
     return {
         "machine": describe(),
-        "options": vars(options),
+        "options": {name: value for name, value in vars(options).items() if name != "json"},
         "threads": torch.get_num_threads(),
         "requests_per_second": rates,
         "ratio": {"median": statistics.median(ratios), "rounds": ratios},
