@@ -242,12 +242,13 @@ def test_who_fails_is_named() -> None:
     assert len(found["other"].seconds) == 1
 
 
-def test_a_language_model_that_is_not_there_is_named() -> None:
-    def load() -> Any:
+def test_a_language_model_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
         raise FileNotFoundError("no wheel")
 
+    monkeypatch.setattr(generate, "_load", load)
     for build in (generate.generate, generate.attached, generate.score):
-        case = build("an LM", load, 1, 2)
+        case = build("an LM", 1, 2)
         assert [rival.missing for rival in case.rivals] == ["no wheel"]
 
 
