@@ -145,7 +145,6 @@ def run(
     """
     form = _output_form(streams, options)
     processes = Processes()
-
     plan = processes.share(lambda: _prepare(streams, form, options, settings))
     job = Job(plan.parts, form, fields, CHUNK_BATCHES * batch_size, plan.several_files, streams.strict)
     # Each in its turn: texts of one kind, such as the long ones, often stand together
